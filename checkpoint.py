@@ -1,6 +1,7 @@
 """Checkpoints: written so that nothing is lost, read so that nothing runs.
 
-A checkpoint is a folder. Weights and optimizer state are safetensors, the rest is JSON; nothing in it needs pickle:
+A checkpoint is a folder. Weights and optimizer state are safetensors, the rest is JSON; nothing in it needs pickle (but
+for a sharded state, which engines write beside it in formats of their own):
 
     config.json             model, objective, latent space, image size, classes, step, data, versions
     model.safetensors       the weights under training
@@ -13,6 +14,7 @@ Published `.pt` files load too, by PyTorch's restricted unpickler with `argparse
 """
 
 import argparse
+import itertools
 import json
 import pickle
 import re
@@ -104,13 +106,18 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> None:
 
 
 def set_aside(run: Path, step: int) -> list[Path]:
-    """Rename the checkpoints of a run beyond `step` to `abandoned-NNNNNNN`: it goes on from `step`, on another way."""
-    later = [path for path in checkpoints_of(run) if int(path.name) > step]
-    for path in later:
-        aside = path.with_name(f"abandoned-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-    return later
+    """Rename the checkpoints of a run beyond `step` to `abandoned-NNNNNNN`: it goes on from `step`, on another way.
+
+    Returns:
+        Where they are now; one that was set aside before stays.
+    """
+    aside = []
+    for path in checkpoints_of(run):
+        if int(path.name) > step:
+            suffixes = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+            names = (path.with_name(f"abandoned-{path.name}{suffix}") for suffix in suffixes)
+            aside.append(path.rename(next(name for name in names if not name.exists())))
+    return aside
 
 
 def sweep(folder: Path) -> None:

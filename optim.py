@@ -11,15 +11,17 @@ SCHEDULES = ("constant", "cosine", "linear")
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
-    """AdamW's groups: matrices decay; biases, norms and embedding tables do not. One group where nothing decays."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not weight_decay:
-        return [{"params": [p for _, p in named], "lr": lr, "weight_decay": 0.0}]
-    decays = [p.ndim > 1 and not name.endswith(("bias", "embedding_table.weight")) for name, p in named]
-    pairs = list(zip(named, decays, strict=True))
+    """AdamW's groups: matrices decay; biases, norms and embedding tables do not. One group where nothing decays.
+
+    Parameters that are sharded over different meshes stand in different groups: one kernel cannot take both.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        decays = weight_decay > 0 and p.ndim > 1 and not name.endswith(("bias", "embedding_table.weight"))
+        groups.setdefault((decays, getattr(p, "device_mesh", None)), []).append(p)
     return [
-        {"params": [p for (_, p), yes in pairs if yes], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for (_, p), yes in pairs if not yes], "lr": lr, "weight_decay": 0.0},
+        {"params": params, "lr": lr, "weight_decay": weight_decay if decays else 0.0}
+        for (decays, _), params in groups.items()
     ]
 
 

@@ -7,19 +7,17 @@ An image depends on its index, the seed and the checkpoint alone, so any number 
 same command again goes on after a kill, with as many processes as there are then.
 """
 
-import hashlib
 import json
 import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import checkpoint
 import distributed
 import sampling
 from cli import Parser, RunStopped, UsageError, positive_int, run
@@ -43,7 +41,7 @@ def get_parser() -> Parser:
     )
     group.add_argument(
         "--labels",
-        choices=LABELS,
+        choices=sampling.LABELS,
         default="random",
         help="random: drawn for each image; balanced: 0, 1, 2, ... in turn, so that all classes come equally often",
     )
@@ -94,21 +92,6 @@ def requested_precision(args) -> str | None:
     return args.precision
 
 
-# --------------------------------------------------------------------------------------------------------------- labels
-
-
-def random_labels(count: int, num_classes: int, seed: int) -> list[int]:
-    """Uniform; that of image i depends on (seed, i) alone. The 1 sets its generator apart from the noise's."""
-    return [int(np.random.default_rng([seed, index, 0, 2]).integers(num_classes)) for index in range(count)]
-
-
-def balanced_labels(count: int, num_classes: int, seed: int) -> list[int]:
-    return [index % num_classes for index in range(count)]
-
-
-LABELS = {"random": random_labels, "balanced": balanced_labels}
-
-
 # --------------------------------------------------------------------------------------------------- the set of images
 
 
@@ -116,13 +99,7 @@ def plan(args, loaded: sampling.Loaded, settings: sampling.Settings, precision: 
     """The set that the command asks for, and where it goes. Writes nothing."""
     config, name = loaded.model.config, loaded.name + ("" if args.use_ema else "-no-ema")
     folder = f"{name}-{loaded.image_size}px-{settings}-{args.labels}-{precision}-{args.num_samples}"
-    record = asdict(settings) | {
-        "steps": str(settings.steps),
-        "model": checkpoint.describe(config),
-        "weights": fingerprint(loaded.model),
-        "objective": loaded.objective.config(),
-        "autoencoder": loaded.space.config(),
-        "precision": precision,
+    record = loaded.record(precision) | {
         "labels": args.labels,
         "num-fid-samples": args.num_samples,
         "per-proc-batch-size": args.per_proc_batch_size,
@@ -130,20 +107,11 @@ def plan(args, loaded: sampling.Loaded, settings: sampling.Settings, precision: 
     return ImageSet(
         folder=args.sample_dir / folder,
         record=json.loads(json.dumps(record)),  # as it will be read back
-        labels=np.array(LABELS[args.labels](args.num_samples, config.num_classes, settings.seed)),
+        labels=np.array(sampling.LABELS[args.labels](args.num_samples, config.num_classes, settings.seed)),
         image_size=loaded.image_size,
         batch_size=args.per_proc_batch_size,
         png=args.png,
     )
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """Changes with the weights, not with where their file lies: SHA-256 over some 64 values of each tensor."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        values = tensor.flatten()
-        digest.update(values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass

@@ -6,12 +6,13 @@ An image is a function of (seed, its index, its label) alone: its noise comes fr
 batch it is drawn in, and how many processes draw, change nothing beyond rounding.
 """
 
+import hashlib
 import itertools
 import math
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +33,13 @@ PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat
 # ---------------------------------------------------------------------------------------------------------------- flags
 
 
-def add_sampling_arguments(parser: Parser) -> None:
-    """What every script that draws images takes."""
+def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
+    """What every script that draws images takes; `ckpt` False: it sets `args.ckpt` on its own."""
     group = parser.add_argument_group("checkpoint")
-    group.add_argument(
-        "--ckpt", required=True, help="checkpoint folder, run folder, or published .pt / .safetensors file"
-    )
+    if ckpt:
+        group.add_argument(
+            "--ckpt", required=True, help="checkpoint folder, run folder, or published .pt / .safetensors file"
+        )
     parser.add_switch(group, "--use-ema", True, "the averaged weights, not those under training")
 
     group = parser.add_argument_group("what a published file cannot tell (must agree with a file that can)")
@@ -204,10 +206,68 @@ def generate(
         yield (images * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def captured(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`model` with its kernels recorded, once per shape of its inputs, as a CUDA graph: a call is one launch.
+
+    For sampling: no gradients, weights in the precision to sample with (what autocast casts and keeps would be outside
+    of the graph), inputs (N, ...) on the GPU. The graph's memory stays taken as long as the function lives. Elsewhere
+    than on a GPU, the model itself.
+    """
+    recorded = {}
+
+    def replay(*inputs: Tensor) -> Tensor:
+        key = tuple((each.shape, each.dtype) for each in inputs)
+        if key not in recorded:
+            recorded[key] = _record(model, inputs)
+        graph, places, output = recorded[key]
+        for place, given in zip(places, inputs, strict=True):
+            place.copy_(given)
+        graph.replay()
+        return output.clone()  # the next call writes into it
+
+    return replay if next(model.parameters()).is_cuda else model
+
+
+def _record(model: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple:
+    """The graph, the tensors it reads, and the one that it writes."""
+    places = [each.clone() for each in inputs]
+    beside = torch.cuda.Stream()  # a first call sets libraries up and compiles, which must not be recorded
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(2):
+            model(*places)
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = model(*places)
+    return graph, places, output
+
+
+def fingerprint(model: DiT) -> str:
+    """Changes with the weights, not with where their file lies: SHA-256 over some 64 values of each tensor."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        values = tensor.flatten()
+        digest.update(values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def check_labels(labels: Sequence[int], config: DiTConfig) -> None:
     """Raises UsageError for a label that the model does not know."""
     if wrong := [label for label in labels if not 0 <= label < config.num_classes]:
         raise UsageError(f"class label {wrong[0]} is not one of the model's classes 0..{config.num_classes - 1}")
+
+
+def random_labels(count: int, num_classes: int, seed: int) -> list[int]:
+    """Uniform; that of image i depends on (seed, i) alone. The 2 sets its generator apart from the noise's."""
+    return [int(np.random.default_rng([seed, index, 0, 2]).integers(num_classes)) for index in range(count)]
+
+
+def balanced_labels(count: int, num_classes: int, seed: int) -> list[int]:
+    return [index % num_classes for index in range(count)]
+
+
+LABELS = {"random": random_labels, "balanced": balanced_labels}
 
 
 def check_settings(config: DiTConfig, objective, settings: Settings) -> None:
@@ -285,21 +345,34 @@ def open_npz(path: Path, verify: bool = False) -> tuple[np.ndarray, np.ndarray]:
         UsageError: it is missing, cut, damaged, or something else.
     """
     try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(path) as archive:
             if verify and (damaged := archive.testzip()):
                 raise ValueError(f"the checksum of {damaged} is wrong")
             with archive.open("labels.npy") as member:
                 labels = np.lib.format.read_array(member)
-            start = archive.getinfo("arr_0.npy").header_offset
-            file.seek(start + 26)  # of the local header's 30 bytes, the last four: lengths of name and extra field
-            start += 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
-            file.seek(start)
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            images = np.memmap(path, dtype, "r", file.tell(), shape)
+            images = map_array(path, archive, "arr_0.npy")
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} is not a whole .npz file of images and labels ({error})") from None
     return images, labels
+
+
+def map_array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of the `.npz` file at `path`, opened as `archive`, memory-mapped.
+
+    Raises:
+        ValueError: it is compressed, or in another format than `np.savez` writes.
+        KeyError: there is none of this name.
+    """
+    member = archive.getinfo(name)
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    with open(path, "rb") as file:
+        file.seek(member.header_offset + 26)  # of the local header's 30 bytes, the last four: lengths of what follows
+        file.seek(member.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist()))
+        if (version := np.lib.format.read_magic(file)) != (1, 0):
+            raise ValueError(f"{name} has a header of version {version}")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        return np.memmap(path, dtype, "r", file.tell(), shape, order="F" if fortran else "C")
 
 
 # --------------------------------------------------------------------------------------------------- from a checkpoint
@@ -321,6 +394,17 @@ class Loaded:
         """`<run>-<step>` of a checkpoint of a run, else the file's or folder's own name."""
         path = self.source.absolute()
         return f"{path.parent.parent.name}-{path.name}" if path.name.isdecimal() else path.stem
+
+    def record(self, precision: str) -> dict:
+        """All that images depend on besides index and label."""
+        return asdict(self.settings) | {
+            "steps": str(self.settings.steps),
+            "model": checkpoint.describe(self.model.config),
+            "weights": fingerprint(self.model),
+            "objective": self.objective.config(),
+            "autoencoder": self.space.config(),
+            "precision": precision,
+        }
 
 
 def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:

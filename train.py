@@ -1,8 +1,9 @@
-"""Train a DiT or DiT-MoE: one process, or many with replicated (DDP) or sharded (FSDP2) state.
+"""Train a DiT or DiT-MoE: one process, or many with replicated (DDP) or sharded (FSDP2) state or experts.
 
 python train.py --model DiT-S/2 --num_experts 8 --data-path imagenet/train --vae-path sd-vae-ft-mse
 torchrun --nnodes=1 --nproc_per_node=8 train.py --model DiT-S/2 --num_experts 8 --data-path ... --vae-path ...
 torchrun --nnodes=1 --nproc_per_node=8 train.py --model DiT-XL/2 --num_experts 8 --data-parallel fsdp ...
+torchrun --nnodes=4 ... train.py --model DiT-G/2 --num_experts 16 --data-parallel fsdp --expert-parallel 8 ...
 """
 
 import contextlib
@@ -17,8 +18,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -26,8 +27,9 @@ import cli
 import distributed
 import sampling
 import training
+from expert_parallel import check_expert_parallel, deal_experts
 from models import DiT
-from optim import EMA, build_optimizer
+from optim import EMA, build_optimizer, local
 
 SHARDED = "sharded"  # folder of a checkpoint that holds the state of FSDPEngine
 
@@ -42,19 +44,33 @@ def get_parser() -> cli.Parser:
         default="ddp",
         help="what is sharded over the processes: nothing; gradients, optimizer and EMA; the parameters too",
     )
+    group.add_argument(
+        "--expert-parallel",
+        type=cli.positive_int,
+        default=1,
+        help="processes over which each layer's experts are dealt out; tokens travel to them (with sdp or fsdp)",
+    )
     return parser
 
 
 def main(args) -> None:
-    processes = distributed.start(args.device, args.timeout)
+    processes = distributed.start(args.device, args.start_timeout)
     try:
         run = training.prepare(args, processes)
-        sharded = args.data_parallel != "ddp" and processes.world_size > 1
-        engine = processes.together(lambda: FSDPEngine(run) if sharded else DDPEngine(run))
+        engine = processes.together(lambda: build_engine(run))
         with distributed.noticing_lost_processes():
             training.train(run, engine)
     finally:
         distributed.stop()
+
+
+def build_engine(run: training.Run) -> "DDPEngine":
+    """The engine that the flags name; one process has nothing to share."""
+    args, world_size = run.args, run.processes.world_size
+    check_expert_parallel(args.expert_parallel, world_size, args.data_parallel, run.config)
+    if args.expert_parallel > 1 and args.precision == "fp16":
+        raise cli.UsageError("--expert-parallel does not go with --precision fp16, use bf16")
+    return FSDPEngine(run) if args.data_parallel != "ddp" and world_size > 1 else DDPEngine(run)
 
 
 class DDPEngine:
@@ -73,7 +89,7 @@ class DDPEngine:
         self.module.activation_checkpointing = args.activation_checkpointing
         self.module.set_attention(args.attention)
         if args.compile:
-            self.module.compile_blocks()
+            self.module.compile_blocks(fullgraph=args.expert_parallel == 1)  # tokens on their way are outside of it
         torch.manual_seed(args.global_seed)  # the same initial weights on every process
         self.model = self._place()
         if args.init_from is not None:
@@ -113,8 +129,7 @@ class DDPEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.args.grad_clip or math.inf)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        norm = self._clip().item()
         applied = loss_is_finite and math.isfinite(norm)
         if applied:
             self.scaler.step(self.optimizer)
@@ -122,6 +137,18 @@ class DDPEngine:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return training.Update(norm, applied)
+
+    def _clip(self) -> Tensor:
+        """The norm of the whole gradient, after scaling it to at most `--grad-clip`."""
+        gradients = [local(p.grad) for p in self.module.parameters() if p.grad is not None]
+        norm = self._norm_of_all(torch.nn.utils.get_total_norm(gradients))
+        if self.args.grad_clip:
+            torch._foreach_mul_(gradients, (self.args.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def _norm_of_all(self, norm: Tensor) -> Tensor:
+        """The norm of the whole gradient from that of the part which this process has: all of it."""
+        return norm
 
     @contextlib.contextmanager
     def averaged(self):
@@ -186,31 +213,58 @@ class FSDPEngine(DDPEngine):
 
     `fsdp` gathers a block's parameters for its forward and again for its backward; `sdp` keeps them in between.
     Under bf16 and fp16 they are gathered in that dtype, but for the routers, whose decisions are made in fp32.
+
+    With `--expert-parallel N` the processes form a grid of W/N groups of N. Within a group each process has E/N experts
+    of every layer, which are never gathered there; they are sharded over the groups, along the width of the experts.
     """
 
     def _place(self) -> nn.Module:
         # It warns of views that something might change in place; nothing here does.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
-        mesh = init_device_mesh(self.device.type, (self.processes.world_size,))
-        options = {"mesh": mesh, "reshard_after_forward": self.args.data_parallel == "fsdp"}
+        world, dealt_over = self.processes.world_size, self.args.expert_parallel
+        mesh = init_device_mesh(self.device.type, (world,))
         # Inputs stay as they are: autocast decides what each operation runs in, as it does without sharding.
         fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         half = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        options = {"reshard_after_forward": self.args.data_parallel == "fsdp", "mp_policy": half}
+        if dealt_over > 1:
+            grid = init_device_mesh(
+                self.device.type, (world // dealt_over, dealt_over), mesh_dim_names=("data", "expert")
+            )
 
         def shard(unit: list[nn.Module]) -> None:
             for part in unit:
-                if getattr(part, "is_moe", False) and self.dtype != torch.float32:
-                    fully_shard(part.moe.gate, mp_policy=fp32, **options)
-                fully_shard(part, mp_policy=half, **options)
+                is_moe = getattr(part, "is_moe", False)
+                if is_moe and dealt_over > 1:
+                    deal_experts(part.moe, grid["expert"])
+                    fully_shard(part.moe.experts, mesh=grid["data"], shard_placement_fn=lambda _: Shard(1), **options)
+                    part.moe.experts.set_gradient_divide_factor(world)  # each has seen the tokens of its whole group
+                    part.moe.experts.set_force_sum_reduction_for_comms(True)  # gloo cannot divide meanwhile
+                if is_moe and self.dtype != torch.float32:
+                    fully_shard(part.moe.gate, mesh=mesh, **(options | {"mp_policy": fp32}))
+                fully_shard(part, mesh=mesh, **options)
 
         self.module.materialize(self.device, then=shard)
         self.cpu_group = dist.new_group(backend="gloo")  # for checkpoints, which are written while training goes on
-        return fully_shard(self.module, mp_policy=half, **options)
+        return fully_shard(self.module, mesh=mesh, **options)
 
     def accumulating(self, last: bool):
         # `fsdp` reduces the gradients of every micro-batch: kept until the last they would be whole on every process.
         self.model.set_requires_gradient_sync(last or self.args.data_parallel == "fsdp")
         return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def averaged(self):
+        with super().averaged() as model:
+            try:
+                yield model
+            finally:  # `sdp` leaves that to the backward, and there is none
+                for part in self.module.modules():
+                    if isinstance(part, FSDPModule):
+                        part.reshard()
+
+    def _norm_of_all(self, norm: Tensor) -> Tensor:
+        return self.processes.sum(norm.double().square()).sqrt().float()
 
     def snapshot(self, folder: Path, config: dict, state: dict) -> Callable[[], None]:
         """The state as a distributed checkpoint, beside it the averaged weights, gathered for `sample.py`."""

@@ -56,7 +56,7 @@ def get_parser() -> cli.Parser:
 def main(args) -> None:
     file = read_config(args.deepspeed_config)
     import_deepspeed(args.device)
-    processes = distributed.start(args.device, args.timeout)
+    processes = distributed.start(args.device, args.start_timeout)
     try:
         set_global_batch_size(args, processes.world_size)
         run = training.prepare(args, processes)

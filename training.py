@@ -27,7 +27,9 @@ from torch import Tensor
 
 import checkpoint
 import distributed
+import evaluation
 import sampling
+from analysis.routing import Recorder, recording
 from cli import Parser, RunStopped, UsageError, natural_int, number_in, positive_int
 from data import (
     BatchSchedule,
@@ -53,6 +55,7 @@ from models import (
 )
 from moe import Routing, load_balancing_loss, load_statistics, router_entropy
 from optim import SCHEDULES, lr_factor
+from profiling import StepProfiler
 
 BAD_STEPS_IN_A_ROW = 5  # updates skipped for a loss that is not finite before the run gives up
 FAILED_SAVES_IN_A_ROW = 3
@@ -130,10 +133,16 @@ def add_training_arguments(parser: Parser) -> None:
     parser.add_switch(group, "--activation-checkpointing", False, "recompute blocks in the backward, to save memory")
     parser.add_switch(group, "--deterministic", False, "bit-identical repeat runs on a GPU too, slower")
     group.add_argument(
+        "--start-timeout",
+        type=number_in(1, 1e6),
+        default=1800,
+        help="seconds to wait for the other processes until the first step is done, with its compilation",
+    )
+    group.add_argument(
         "--timeout",
         type=number_in(1, 1e6),
         default=1800,
-        help="seconds after which a process that hears nothing from another gives up; the first compilation counts",
+        help="seconds after which a process that hears nothing from another one gives up, from then on",
     )
     group.add_argument("--local-rank", type=int, help="set by launchers; not used")
 
@@ -152,6 +161,15 @@ def add_training_arguments(parser: Parser) -> None:
         "--sample-every", type=natural_int, default=0, help="draw a grid of images from the EMA; 0: never"
     )
     group.add_argument("--sample-cfg-scale", type=number_in(0, 1e3), default=1.5, help="guidance of those images")
+    group.add_argument(
+        "--metrics-every", type=natural_int, default=0, help="compare images from the EMA with a reference; 0: never"
+    )
+    group.add_argument("--metrics-samples", type=positive_int, default=5000, help="how many; --sample-cfg-scale")
+    group.add_argument("--metrics-ref", type=Path, help="what `calculate_metrics.py ref` wrote, or ADM's reference")
+    group.add_argument("--metrics-weights", type=Path, help="of the network that the reference was made with")
+    group.add_argument(
+        "--profile", type=natural_int, default=0, help="record so many of the first steps: trace and table of kernels"
+    )
     parser.add_switch(group, "--wandb", False, "log to Weights & Biases too (pip install wandb)")
 
 
@@ -163,9 +181,11 @@ MODEL_FLAGS = (  # each a field of DiTConfig
 # Flags that may differ when a run is resumed: they do not shape the loss curve.
 RUN_CONTROL = {
     *("data_path", "feature_path", "vae_path", "num_workers", "epochs", "max_steps", "device", "local_rank", "timeout"),
-    *("attention", "compile", "activation_checkpointing", "deterministic", "pretraining_tp", "data_parallel"),
+    *("attention", "compile", "activation_checkpointing", "deterministic", "pretraining_tp"),
+    *("data_parallel", "expert_parallel", "start_timeout"),
     *("deepspeed", "deepspeed_config", "results_dir", "resume", "init_from", "allow_changes"),
-    *("log_every", "ckpt_every", "keep_last", "keep_every", "sample_every", "sample_cfg_scale", "wandb"),
+    *("log_every", "ckpt_every", "keep_last", "keep_every", "sample_every", "sample_cfg_scale", "wandb", "profile"),
+    *("metrics_every", "metrics_samples", "metrics_ref", "metrics_weights"),
 }
 
 
@@ -223,6 +243,7 @@ class Run:
     space: object  # None where latents are read from disk and no images are drawn
     total_steps: int
     record: dict  # config.json of its checkpoints
+    evaluator: evaluation.Evaluator | None = None  # of --metrics-every
     resume_from: Path | None = None
     folder: Path | None = None  # of a run that is resumed; else `open` makes it
     log: distributed.Logger = field(default_factory=lambda: distributed.Logger(None))
@@ -236,7 +257,7 @@ class Run:
             write_json(self.folder / "args.json", flags(self.args))
             checkpoint.sweep(self.folder / "checkpoints")
             for later in checkpoint.set_aside(self.folder, step):
-                self.log.info(f"a checkpoint of the run before is set aside, as this one goes back behind it: {later}")
+                self.log.info(f"this run goes back behind a checkpoint of the one before, which is now {later}")
 
     def _claim_folder(self) -> Path:
         name = run_name(self.args.model, self.config, self.objective)
@@ -257,6 +278,15 @@ def prepare(args, processes: distributed.Processes) -> Run:
         UsageError: flags, data or checkpoint are wrong.
     """
     run = processes.together(lambda: _check(args, processes))
+    if args.metrics_every:
+        run.evaluator = evaluation.evaluator_for_training(
+            args.metrics_ref,
+            args.metrics_weights,
+            args.image_size,
+            args.metrics_samples,
+            run.schedule.micro_batch_size,
+            processes,
+        )
     run.resume_from, run.folder = processes.on_main(lambda: find_resume(run))
     return run
 
@@ -270,6 +300,8 @@ def _check(args, processes: distributed.Processes) -> Run:
         require_folder(args.data_path, "data path")
     if args.keep_last == 1:
         raise UsageError("--keep-last 1 would leave no checkpoint to fall back to; use 2 or more, or 0 for all")
+    if args.metrics_every and args.metrics_ref is None:
+        raise UsageError("--metrics-every needs --metrics-ref FILE, which `calculate_metrics.py ref` writes")
     if args.wandb and importlib.util.find_spec("wandb") is None:
         raise UsageError("--wandb needs the package: pip install wandb")
     model = choose_model(args)  # a wrong one is said before the data is looked through
@@ -279,7 +311,7 @@ def _check(args, processes: distributed.Processes) -> Run:
     if args.compile and args.precision in ("fp32", "tf32") and torch.__version__ < "2.15" and args.num_experts:
         raise UsageError(f"--compile with --precision {args.precision} needs PyTorch 2.15 or newer; use bf16")
     objective = build_objective(args)
-    needs_space = args.feature_path is None or args.sample_every > 0
+    needs_space = args.feature_path is None or args.sample_every > 0 or args.metrics_every > 0
     space_facts = space_info(args.vae_path) if needs_space else None
     data = open_data(args, space_facts)
     if data.num_classes > args.num_classes:
@@ -520,7 +552,7 @@ class Clock:
 
     @contextmanager
     def pausing(self):
-        """Around what is not training: checkpoints and sample grids."""
+        """Around what is not training: checkpoints, sample grids, metrics."""
         began = time.perf_counter()
         yield
         self.paused += time.perf_counter() - began
@@ -577,7 +609,8 @@ def _loop(run: Run, engine: Engine, progress: Progress) -> None:
     loader = make_loader(run.data, run.schedule, progress.step, args.num_workers, processes.device.type == "cuda")
     batches = iter(loader)
     unreadable, saver = UnreadableImages(progress.unreadable), Saver(run, engine)
-    signals, clock, bar = StopSignals(), Clock(), progress_bar(run, progress.step)
+    signals, clock, bar, first_step = StopSignals(), Clock(), progress_bar(run, progress.step), True
+    profiler = StepProfiler(args.profile if processes.is_main else 0, run.folder / "profile")
     while progress.step < run.total_steps:
         # Accumulate: forward and backward over the micro-batches of this step.
         totals, seen, bad_images = [], [], []
@@ -616,8 +649,13 @@ def _loop(run: Run, engine: Engine, progress: Progress) -> None:
         finite = all(math.isfinite(value) for value in means.values())
         update = engine.step(lr, finite)
         progress.step += 1
+        if first_step:
+            processes.set_timeout(args.timeout)
+            first_step = False
         clock.images += args.global_batch_size
         bar.update()
+        if profiler.step():
+            log.info(f"profile of {args.profile} steps: trace.json and kernels.txt in {profiler.folder}")
         if update.applied:
             progress.bad_in_a_row = 0
             progress.window.add(means | {"grad_norm": update.grad_norm}, counts)
@@ -631,6 +669,8 @@ def _loop(run: Run, engine: Engine, progress: Progress) -> None:
         with clock.pausing():
             if args.sample_every and (step % args.sample_every == 0 or step == run.total_steps):
                 draw_grid(run, engine, step)
+            if args.metrics_every and (step % args.metrics_every == 0 or step == run.total_steps):
+                report_metrics(run, engine, step)
             if step % args.ckpt_every == 0 or last:
                 saver.save(progress)
             if last:
@@ -729,16 +769,52 @@ def draw_grid(run: Run, engine: Engine, step: int) -> None:
     """The same 16 images (noise and labels fixed) from the EMA of this step: `samples/NNNNNNN.png` and TensorBoard."""
     classes = run.config.num_classes
     labels = [i * classes // 16 for i in range(16)] if classes > 16 else [i % classes for i in range(16)]
-    scale = run.args.sample_cfg_scale if run.config.null_class is not None else 1.0
-    objective = run.objective
-    settings = sampling.Settings(50, objective.samplers[0], scale, objective.guided_channels, seed=run.args.global_seed)
+    settings = sampling_settings(run)
     with engine.averaged() as model:  # all processes draw: where parameters are sharded, each is needed
-        images = np.concatenate(list(sampling.generate(model, objective, run.space, labels, settings)))
+        network = recording(model, run.objective, labels, settings)
+        images = np.concatenate(list(sampling.generate(network, run.objective, run.space, labels, settings)))
     if run.processes.is_main:
         grid = sampling.image_grid(images, columns=8)
         (run.folder / "samples").mkdir(exist_ok=True)
         sampling.save_png(run.folder / "samples" / f"{step:07d}.png", grid)
         run.log.image(step, "samples", grid)
+        if isinstance(network, Recorder):
+            draw_routing(run, step, network)
+
+
+def draw_routing(run: Run, step: int, network: Recorder) -> None:
+    """What the experts did for those images, in TensorBoard under `routing/`."""
+    from analysis import plots  # matplotlib takes a second to import, and nothing else of training needs it
+
+    labels = [str(label) for label in network.tally.classes]
+    data = network.tally.result(model=f"{run.folder.name}, step {step}", class_names=labels)
+    for by in plots.MAPS:
+        run.log.image(step, f"routing/{by}", plots.pixels(plots.draw(by, data)))
+
+
+def report_metrics(run: Run, engine: Engine, step: int) -> None:
+    """Images of all classes in turn, drawn by all processes from the EMA of this step, against the reference."""
+    count, size = run.args.metrics_samples, run.args.image_size
+    labels = sampling.balanced_labels(count, run.data.num_classes, run.args.global_seed)
+    record = {"source": f"{run.folder} at step {step}"}
+    with engine.averaged() as model:
+        images = evaluation.DrawnImages(model, run.objective, run.space, labels, sampling_settings(run), size, record)
+        samples = evaluation.measure(
+            images, run.evaluator.extractor, run.processes, run.schedule.micro_batch_size, title="metrics"
+        )
+    values = run.processes.on_main(lambda: run.evaluator.compare(samples))
+    run.log.metrics(step, {f"metrics/{name}": value for name, value in values.items()})
+    numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    run.log.info(f"step {step}: {numbers}  ({count} images)")
+    for warning in run.evaluator.warnings(samples):
+        run.log.info(f"WARNING: {warning}")
+
+
+def sampling_settings(run: Run) -> sampling.Settings:
+    """How images are drawn while training."""
+    scale = run.args.sample_cfg_scale if run.config.null_class is not None else 1.0
+    objective = run.objective
+    return sampling.Settings(50, objective.samplers[0], scale, objective.guided_channels, seed=run.args.global_seed)
 
 
 class Saver:
@@ -818,3 +894,5 @@ def introduce(run: Run, step: int) -> None:
     )
     if step:
         log.info(f"resumed from {run.resume_from} at step {step}")
+    if step >= run.total_steps:
+        log.info(f"nothing to do: step {step} of {run.total_steps}; --max-steps and --epochs say how far to go")

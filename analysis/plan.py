@@ -23,6 +23,7 @@ import torch
 
 import cli
 from cli import UsageError, natural_int, number_in, positive_int, unknown_name
+from expert_parallel import check_expert_parallel
 from models import DiT, DiTConfig, build_config, count_parameters
 
 # ------------------------------------------------------------------------------------------------------------ hardware
@@ -207,7 +208,6 @@ def activations(config: DiTConfig, precision: Precision) -> Activations:
     attention = norm + T * (c * 6 * D + 4 * config.num_heads)  # inputs of the linears; q, k, v; output; log-sum-exp
     if config.qk_norm:
         attention += T * (2 * c * D + 16 * config.num_heads)  # normed q and k, statistics
-        attention += T * 2 * D if c == 2 else 0  # flash lays its output out as its q; the projection takes a copy
         attention += T * 8 * D if precision.casts else 0  # autocast norms fp32 copies of q and k
     modulation = c * 9 * D  # silu(c); shifts, scales, gates; 1 + scale twice
     dense = attention + modulation + norm + T * c * (2 * D + 2 * config.mlp_width)  # input, hidden twice, output
@@ -218,7 +218,8 @@ def activations(config: DiTConfig, precision: Precision) -> Activations:
     outside = embeddings + final
     kept = outside + config.depth * T * s * D + moe * routing  # routings are returned, for the balance loss and the log
     block = max(sparse - routing if moe else 0, dense if moe < config.depth else 0) - T * s * D
-    hidden = config.num_experts_per_tok * config.expert_width if moe else config.mlp_width
+    units = {"swiglu": 2, "gelu": 1}[config.expert_mlp]  # gate and up
+    hidden = config.num_experts_per_tok * units * config.expert_width if moe else config.mlp_width
     passing = T * (2 * s * D + c * hidden)
     return Activations(outside + moe * sparse + (config.depth - moe) * dense, kept, final, block, passing)
 
@@ -229,9 +230,9 @@ def moe_activations(config: DiTConfig, precision: Precision) -> int:
     F, S, c = config.expert_width, config.shared_width, precision.compute
     router = 4 * D + 8 * K  # input in fp32; inverse permutation
     router += 4 * (K + 1) if config.norm_topk_prob else 0  # weights before they are divided by their sum
-    hidden = {"swiglu": 4 * F, "gelu": 2 * F}[config.expert_mlp]  # gate and up, silu(gate), product; or before, after
+    hidden = {"swiglu": 3 * F, "gelu": 2 * F}[config.expert_mlp]  # gate and up, product; or before, after
     routed = c * K * (D + hidden + D)  # input, hidden, output
-    shared = c * 4 * S + (c * D if S and c < 4 else 0)  # hidden; the input, if it is not the router's
+    shared = c * 3 * S + (c * D if S and c < 4 else 0)  # hidden; the input, if it is not the router's
     output = c * D  # for the gradient of the gate
     return T * (router + routed + shared + output) + routing_bytes(config)
 
@@ -253,7 +254,7 @@ class Job:
     strategy: Strategy
     precision: Precision
     gpus: int
-    expert_parallel: int  # GPUs that share a layer's experts, each of which is whole on its GPU
+    expert_parallel: int  # GPUs over which a layer's experts are dealt out
     batch_size: int  # images per GPU and micro-batch
     accum_iter: int
 
@@ -263,22 +264,22 @@ class Job:
         return self.parameters.on_one_gpu(self.expert_parallel)
 
     @property
-    def apart(self) -> int:
-        """Of the local ones, those that are neither sharded nor gathered."""
-        return self.local.routed if self.expert_parallel > 1 else 0
-
-    @property
-    def apart_in_block(self) -> int:
-        return self.local.block_routed if self.expert_parallel > 1 else 0
-
-    @property
     def reduces_last(self) -> bool:
         """Do gradients add up whole, to be sharded in the last of several micro-batches? FSDP's do."""
         return self.accum_iter > 1 and not self.strategy.deepspeed
 
     def share(self, sharded: bool) -> float:
-        """How many parameters a GPU keeps something of, if that is sharded."""
-        return self.apart + (self.local.trained - self.apart) / (self.gpus if sharded else 1)
+        """How many parameters a GPU keeps something of, if that is sharded: experts over the GPUs that have them."""
+        return self.parameters.trained / self.gpus if sharded else self.local.trained
+
+    @property
+    def ring(self) -> float:
+        """How many parameters' worth a GPU sends where each GPU gives its share of what it computes with to the others.
+
+        Experts that are dealt out travel between the GPUs that have the same ones.
+        """
+        routed, replicas = self.local.routed, self.gpus // self.expert_parallel
+        return (self.local.trained - routed) * (self.gpus - 1) / self.gpus + routed * (replicas - 1) / replicas
 
 
 @dataclass(frozen=True)
@@ -328,10 +329,9 @@ def working_bytes(job: Job, checkpointed: bool) -> float:
         # caches are still there: all but experts, which are cast by hand.
         saved = activations(job.config, job.precision)
         return max(c * local.block, c * (local.products - local.routed) - job.batch_size * saved.block)
-    block = local.block - job.apart_in_block
-    gathered = 2 * block if job.strategy.reshards else local.trained - job.apart  # one in use, one on its way
-    reducing = (c + 4 if casts else c) * block  # a block's gradients, and what of them is sent
-    return c * gathered + reducing + (c * (job.apart_in_block if checkpointed else job.apart) if casts else 0)
+    gathered = 2 * local.block if job.strategy.reshards else local.trained  # one in use, one on its way
+    reducing = (c + 4 if casts else c) * local.block  # a block's gradients, and what of them is sent
+    return c * gathered + reducing
 
 
 # ------------------------------------------------------------------------------------------------- communication, time
@@ -350,19 +350,15 @@ class Communication:
 def communication(job: Job, checkpointed: bool) -> Communication:
     """Gradients travel in fp32, in the last micro-batch (DeepSpeed: compute precision; ZeRO-2 and 3: in every one)."""
     config, strategy, c = job.config, job.strategy, job.precision.compute
-    spread, ring = job.local.trained - job.apart, (job.gpus - 1) / job.gpus
-    replicas = job.gpus // job.expert_parallel  # of each expert that is apart
-
     reductions = 1 if job.reduces_last or not strategy.gradients else job.accum_iter
     rings = 1 if strategy.optimizer else 2  # an all-reduce is a reduce-scatter and an all-gather
-    gradients = (c if strategy.deepspeed else 4) * spread * ring * rings * reductions
-    gradients += 4 * job.apart * 2 * (replicas - 1) / replicas
+    gradients = (c if strategy.deepspeed else 4) * job.ring * rings * reductions
 
     if strategy.weights:
         gathers = job.accum_iter * (2 if strategy.reshards else 1)  # for the forward; for the backward
     else:
         gathers = 1 if strategy.deepspeed else 0  # of the updated weights
-    weights = c * spread * ring * gathers
+    weights = c * job.ring * gathers
 
     journeys = 6 if checkpointed else 4  # to the experts and back, in forward and backward
     others = (job.expert_parallel - 1) / job.expert_parallel
@@ -494,7 +490,7 @@ def plan(
         raise UsageError(f"image size {image_size} must be a multiple of 8, by which the autoencoder divides it")
     latent = {"in_channels": 3, "input_size": image_size} if pixels else {"input_size": image_size // 8}
     config = build_config(model, **(latent | options))
-    check_expert_parallel(config, expert_parallel, gpus, data_parallel)
+    check_expert_parallel(expert_parallel, gpus, data_parallel, config)
 
     sheet = GPUS[gpu]
     hardware = replace(
@@ -543,18 +539,6 @@ def plan(
         plain=outlook(False),
         checkpointed=outlook(True),
     )
-
-
-def check_expert_parallel(config: DiTConfig, expert_parallel: int, gpus: int, data_parallel: str) -> None:
-    if expert_parallel == 1:
-        return
-    if not config.num_experts:
-        raise UsageError(f"--expert-parallel {expert_parallel} needs experts: give --num_experts")
-    if STRATEGIES[data_parallel].deepspeed:
-        raise UsageError(f"--expert-parallel {expert_parallel} goes with ddp, sdp or fsdp, not with {data_parallel}")
-    for what, count in (("--gpus", gpus), ("--num_experts", config.num_experts)):
-        if count % expert_parallel:
-            raise UsageError(f"{what} {count} is not a multiple of --expert-parallel {expert_parallel}")
 
 
 PUBLISHED = (
@@ -676,8 +660,8 @@ TIME_TITLES = {
 def alternatives(settings: dict) -> str:
     """The largest batch under each data-parallel choice, all else equal."""
     lines = [f"{'the same GPUs with':<44}{'state, GB':>16}{'largest batch':>16}{'checkpointed':>16}"]
-    for name, strategy in STRATEGIES.items():
-        if strategy.deepspeed and settings["expert_parallel"] > 1:
+    for name in STRATEGIES:
+        if name not in ("sdp", "fsdp") and settings["expert_parallel"] > 1:
             continue
         other = plan(**(settings | {"data_parallel": name}))
         held = other.plain.memory

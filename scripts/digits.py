@@ -1,29 +1,27 @@
-"""Handwritten digits: data, judge and curves for the quick start. Needs no download.
+"""Handwritten digits: data and curves for the quick start. Needs no download.
 
-    python -m scripts.digits write data/digits              # images to train on, one folder per class
-    python -m scripts.digits judge results/.../samples      # how many samples are the digit that was asked for?
+    python -m scripts.digits write data/digits              # PNG files: train/ and held-out/, one folder per class
     python -m scripts.digits curve results/.../metrics.jsonl
 
 The 1,797 digits that scikit-learn ships are split once and for all: one half trains the diffusion model, the other half
-trains the judge. So the judge has seen no image of the model's, and those images measure how good the judge is.
+is the reference of its metrics and trains their judge. So the judge has seen no image of the model's, and those images
+measure how good the judge is.
 """
 
 import json
 import shutil
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import is_zipfile
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from sklearn.svm import SVC
 
 from cli import Parser, UsageError, run
 
-TRAINING_DIGITS = 897  # for the diffusion model; the other 900 are the judge's
+TRAINING_DIGITS = 897  # for the diffusion model; the other 900 are held out
 
 
 class Digits(NamedTuple):
@@ -36,26 +34,25 @@ class Digits(NamedTuple):
 
 
 def split_digits() -> tuple[Digits, Digits]:
-    """(the diffusion model's digits, the judge's): disjoint, the same every time, each class in equal shares."""
+    """(the diffusion model's digits, those held out): disjoint, the same every time, each class in equal shares."""
     bunch = load_digits()
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # ink in 17 steps, 0..16
     labels = bunch.target.astype(np.int64)
     halves = train_test_split(np.arange(len(labels)), train_size=TRAINING_DIGITS, stratify=labels, random_state=0)
-    training, judging = (np.sort(half) for half in halves)
+    training, held_out = (np.sort(half) for half in halves)
     return (
         Digits(images[training], labels[training], training),
-        Digits(images[judging], labels[judging], judging),
+        Digits(images[held_out], labels[held_out], held_out),
     )
 
 
-def write_digits(folder: Path) -> bool:
-    """Write the diffusion model's digits as `folder/train/<class>/<index>.png`; False if they are all there already.
+def write_digits(digits: Digits, target: Path) -> bool:
+    """Write digits as `target/<class>/<index>.png`; False if they are all there already.
 
     The folder appears under its name when it is complete, so an interrupted call is simply repeated.
     """
-    digits, _ = split_digits()
     names = [f"{label}/{index:04d}.png" for label, index in zip(digits.labels, digits.indices, strict=True)]
-    target, unfinished = folder / "train", folder / "train.unfinished"
+    unfinished = target.with_name(f"{target.name}.unfinished")
     if target.exists():
         found = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
         if found != set(names):
@@ -72,59 +69,8 @@ def write_digits(folder: Path) -> bool:
             Image.fromarray(image).save(path)
         unfinished.rename(target)
     except OSError as error:
-        raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from None
+        raise UsageError(f"{target} cannot be written: {error.strerror or error}") from None
     return True
-
-
-# ---------------------------------------------------------------------------------------------------------------- judge
-
-
-def train_judge(digits: Digits) -> SVC:
-    """An SVM with an RBF kernel, trained on each digit as it is and shifted by one pixel in four directions.
-
-    Shifts, C and gamma were chosen by cross-validation within the judge's own half, with an eye on the held-out digits.
-    """
-    shifts = [(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]
-    images = np.concatenate([_shift(digits.images, dy, dx) for dy, dx in shifts])
-    return SVC(kernel="rbf", C=10.0, gamma=0.4).fit(_features(images), np.tile(digits.labels, len(shifts)))
-
-
-def recognised(judge: SVC, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(N,) bool: the judge reads `images` (N, 8, 8) or (N, 8, 8, 3) uint8 as the digits `labels` (N,)."""
-    if images.ndim == 4:
-        images = images.mean(axis=3)
-    return judge.predict(_features(images)) == labels
-
-
-def _features(images: np.ndarray) -> np.ndarray:
-    """(N, 8, 8) in 0..255 -> (N, 64) in 0..1."""
-    return images.reshape(len(images), 64) / 255.0
-
-
-def _shift(images: np.ndarray, dy: int, dx: int) -> np.ndarray:
-    """Move (N, 8, 8) images by at most one pixel; what comes in at the border is blank."""
-    padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
-    return padded[:, 1 - dy : 9 - dy, 1 - dx : 9 - dx]
-
-
-def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 8, 8, 3) uint8 and labels (N,) of an `.npz`, or of the `samples.npz` in a folder."""
-    if path.is_dir():
-        path = path / "samples.npz"
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist; make it with sample.py")
-    if not is_zipfile(path):
-        raise UsageError(f"{path} is not an .npz file, or not a whole one")
-    with np.load(path) as file:
-        if missing := {"arr_0", "labels"} - set(file.files):
-            raise UsageError(f"{path} lacks {' and '.join(sorted(missing))}; it holds {', '.join(file.files)}")
-        images, labels = file["arr_0"], file["labels"]
-    if images.shape[1:] != (8, 8, 3) or images.dtype != np.uint8 or labels.shape != images.shape[:1] or not len(labels):
-        raise UsageError(
-            f"{path}: expected arr_0 (N, 8, 8, 3) uint8 and labels (N,), "
-            f"got {images.shape} {images.dtype} and {labels.shape}"
-        )
-    return images, labels
 
 
 # --------------------------------------------------------------------------------------------------------------- curves
@@ -198,21 +144,9 @@ def draw_curve(rows: list[dict], path: Path) -> None:
 
 
 def write(args) -> None:
-    written = write_digits(args.folder)
-    print(f"{args.folder / 'train'}: {TRAINING_DIGITS} digits {'written' if written else 'are there already'}")
-
-
-def judge(args) -> None:
-    samples = [(path, *read_samples(path)) for path in args.samples]
-    held_out, own = split_digits()
-    svm = train_judge(own)
-    right = recognised(svm, held_out.images, held_out.labels)
-    print(f"judge   recognises {right.mean():.2%} of {len(right)} real digits that it has not seen")
-    for path, images, labels in samples:
-        right = recognised(svm, images, labels)
-        print(f"samples {right.mean():.2%} of {len(right)} are the digit asked for, by the judge: {path}")
-        each = " · ".join(f"{digit}: {right[labels == digit].mean():.0%}" for digit in np.unique(labels))
-        print(f"        {each}")
+    for digits, name in zip(split_digits(), ("train", "held-out"), strict=True):
+        written = write_digits(digits, args.folder / name)
+        print(f"{args.folder / name}: {len(digits.images)} digits {'written' if written else 'are there already'}")
 
 
 def curve(args) -> None:
@@ -226,13 +160,9 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m scripts.digits", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("write", help="write the diffusion model's digits as PNG files")
-    command.add_argument("folder", type=Path, help="FOLDER/train/<class>/<index>.png")
+    command = commands.add_parser("write", help="write the digits as PNG files")
+    command.add_argument("folder", type=Path, help="gets train/<class>/<index>.png and held-out/...")
     command.set_defaults(command=write)
-
-    command = commands.add_parser("judge", help="the share of samples recognised as the digit asked for")
-    command.add_argument("samples", type=Path, nargs="+", help="an .npz (arr_0, labels), or a folder with samples.npz")
-    command.set_defaults(command=judge)
 
     command = commands.add_parser("curve", help="draw loss and expert load, print a summary")
     command.add_argument("metrics", type=Path, help="metrics.jsonl of a run")

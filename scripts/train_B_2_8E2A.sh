@@ -5,4 +5,4 @@
 # All variables: scripts/_launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 
-train --model DiT-B/2 --num_experts 8 --num_experts_per_tok 2 "$@"
+train ddp --model DiT-B/2 --num_experts 8 --num_experts_per_tok 2 "$@"

@@ -117,15 +117,15 @@ def test_labels(ckpt, tmp_path):
     _, balanced = load(draw(ckpt, tmp_path / "a", "--num-fid-samples", 10, "--labels", "balanced"))
     assert balanced.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     _, labels = load(draw(ckpt, tmp_path / "b", "--num-fid-samples", 10))
-    assert labels.tolist() == sample_ddp.random_labels(10, 4, 0)
+    assert labels.tolist() == sampling.random_labels(10, 4, 0)
 
 
 def test_random_labels_are_uniform_and_depend_on_seed_and_index_alone():
-    labels = sample_ddp.random_labels(4000, 10, 0)
+    labels = sampling.random_labels(4000, 10, 0)
     counts = np.bincount(labels, minlength=10)
     assert len(counts) == 10 and ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-squared, 9 degrees: 0.1 %
-    assert sample_ddp.random_labels(100, 10, 0) == labels[:100]
-    assert sample_ddp.random_labels(100, 10, 1) != labels[:100]
+    assert sampling.random_labels(100, 10, 0) == labels[:100]
+    assert sampling.random_labels(100, 10, 1) != labels[:100]
 
 
 def test_without_png_files_and_then_with(ckpt, tmp_path, drawn):

@@ -178,7 +178,7 @@ def test_sharded_and_elastic(images):
 
     whole = go("whole", "ddp", 1, 20)
     elastic = go("elastic", "fsdp", 2, 7)
-    go("elastic", "sdp", 4, 14, "--resume", "auto")
+    go("elastic", "sdp", 4, 14, "--resume", "auto", "--sample-every", 10)
     go("elastic", "ddp", 2, 17, "--resume", "auto", "--sample-every", 17)
     go("elastic", "fsdp", 2, 20, "--resume", "auto", "--sample-every", 20)
     for a, b in zip(metrics(whole), metrics(elastic), strict=True):
@@ -350,6 +350,15 @@ def test_resume_falls_back_from_a_damaged_checkpoint(images, capsys):
     assert not newest.exists() and "optimizer.safetensors is damaged" in refused(images, capsys, "--resume", aside)
 
 
+def test_profile(images):
+    run = run_train(images, "--profile", 2, steps=8)
+    trace = json.loads((run / "profile" / "trace.json").read_text())
+    steps = [event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep#")]
+    assert sorted(set(steps)) == ["ProfilerStep#5", "ProfilerStep#6"]
+    table = (run / "profile" / "kernels.txt").read_text()
+    assert "aten::mm" in table and "Self CPU" in table
+
+
 def test_going_back_sets_later_checkpoints_aside(images):
     """A run resumed from an older checkpoint neither loses what it writes nor picks up the abandoned way again."""
     run = run_train(images, "--ckpt-every", 1, steps=6)
@@ -360,6 +369,7 @@ def test_going_back_sets_later_checkpoints_aside(images):
         f"abandoned-{s:07d}" for s in (3, 4, 5, 6)
     ]
     assert checkpoint.read_json(run / "checkpoints" / "0000004", "state")["flags"]["lr"] == 1e-5
+    assert checkpoint.set_aside(run, 3) == [run / "checkpoints" / "abandoned-0000004-2"]  # the first one stays
 
 
 def test_a_run_folder_belongs_to_one_process(images):

@@ -1,0 +1,90 @@
+"""Expert parallelism: each process of a group holds some experts of every layer, and tokens travel to them.
+
+N processes of the group · E experts, E/N on each · P assignments of this process's tokens · R that arrive here
+
+Tokens come sorted by expert, so what goes to one process is one contiguous piece; what arrives is sorted anew, since it
+comes from N processes. Two exchanges of tokens a layer and direction, one of counts, whose result the host must know:
+the only host access of the whole model. No token is dropped, however uneven the routing.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from cli import UsageError
+from models import DiTConfig
+from moe import Dispatch, MoE, inverse_permutation, sort_by_expert
+
+
+class AllToAll(torch.autograd.Function):
+    """Rows (sum of `sent`, D) to the processes of a group, in their order -> rows (sum of `received`, D) from them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        out = x.new_empty(sum(received), x.shape[1])
+        dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return AllToAll.apply(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+class ExpertParallel:
+    """Runs a layer's experts, E/N of them on each process of `group`, for the tokens of all of them."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+
+    @torch.compiler.disable  # compiled code cannot know how many tokens will arrive
+    def __call__(self, experts: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
+        """(P, D) in expert order and counts (E,) -> (P, D); equal to `experts` with all E on one process."""
+        size = self.group.size()
+        counts_here = torch.empty_like(counts)  # (E,): what each process sends to each of my experts
+        dist.all_to_all_single(counts_here, counts.contiguous(), group=self.group)
+        sent, received = torch.stack([counts, counts_here]).view(2, size, -1).sum(dim=2).tolist()
+
+        arrived = AllToAll.apply(x, sent, received, self.group)  # (R, D) by process, then by expert
+        expert_ids = torch.arange(len(counts) // size, device=x.device).repeat(size)
+        expert_ids = expert_ids.repeat_interleave(counts_here, output_size=sum(received))  # (R,)
+        if nothing := not sum(received):  # products with no row at all have no backward
+            arrived, expert_ids = F.pad(arrived, (0, 0, 0, 1)), expert_ids.new_zeros(1)
+        order, offsets = sort_by_expert(expert_ids, len(counts) // size)
+        inverse = inverse_permutation(order)
+        y = experts(Dispatch.apply(arrived, inverse, 1), offsets)
+        y = Dispatch.apply(y, order, 1)
+        return AllToAll.apply(y[:0] if nothing else y, received, sent, self.group)
+
+
+def deal_experts(moe: MoE, mesh: DeviceMesh) -> None:
+    """Leave this process its experts of `moe`, as part of tensors sharded over `mesh`, and let tokens travel."""
+    for name, parameter in list(moe.experts.named_parameters()):
+        mine = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+        setattr(moe.experts, name, nn.Parameter(mine))
+    moe.parallel = ExpertParallel(mesh.get_group())
+
+
+def check_expert_parallel(over: int, processes: int, data_parallel: str, config: DiTConfig) -> None:
+    """Can experts be dealt over so many processes, and each share be sharded over the groups that these make?
+
+    Raises:
+        UsageError: the numbers do not divide each other, or the engine shards nothing.
+    """
+    if over == 1:
+        return
+    if data_parallel not in ("sdp", "fsdp"):
+        raise UsageError(f"--expert-parallel {over} goes with --data-parallel fsdp or sdp, not with {data_parallel}")
+    if not config.num_experts or config.num_experts % over:
+        raise UsageError(f"--expert-parallel {over} must divide the number of experts, {config.num_experts}")
+    if processes % over:
+        raise UsageError(f"--expert-parallel {over} must divide the number of processes, {processes}")
+    groups, width = processes // over, config.expert_width
+    if config.hidden_size % groups or width % groups:
+        raise UsageError(
+            f"--expert-parallel {over} makes {groups} groups of processes, whose number must divide the hidden size "
+            f"{config.hidden_size} and the experts' width {width}; use a larger --expert-parallel"
+        )
