@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 import checkpoint
-from cli import Parser, UsageError, natural_int, positive_int
+from cli import Parser, UsageError, natural_int, number_in, positive_int
 from data import load_space, space_info
 from diffusion import classifier_free_guidance, objective_from_config
 from files import replacing
@@ -56,7 +56,7 @@ def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
     group.add_argument(
         "--seed", "--global-seed", dest="seed", type=natural_int, default=0, help="image i of a seed has its own noise"
     )
-    group.add_argument("--cfg-scale", type=float, default=4.0, help="guidance; 1 is off")
+    group.add_argument("--cfg-scale", type=number_in(0, 1e3), default=4.0, help="guidance; 1 is off")
     group.add_argument("--cfg-channels", help="how many channels are guided: a number, or all (ddpm: 3, rf: all)")
     group.add_argument(
         "--cfg-interval",

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import distributed
+import runs
 import sampling
 import training
 from expert_parallel import check_expert_parallel, deal_experts
@@ -36,7 +37,7 @@ SHARDED = "sharded"  # folder of a checkpoint that holds the state of FSDPEngine
 
 def get_parser() -> cli.Parser:
     parser = cli.Parser(prog="train.py", description=__doc__.partition("\n")[0])
-    training.add_training_arguments(parser)
+    runs.add_training_arguments(parser)
     group = parser.add_argument_group("data parallelism")
     group.add_argument(
         "--data-parallel",
@@ -56,7 +57,7 @@ def get_parser() -> cli.Parser:
 def main(args) -> None:
     processes = distributed.start(args.device, args.start_timeout)
     try:
-        run = training.prepare(args, processes)
+        run = runs.prepare(args, processes)
         engine = processes.together(lambda: build_engine(run))
         with distributed.noticing_lost_processes():
             training.train(run, engine)
@@ -64,7 +65,7 @@ def main(args) -> None:
         distributed.stop()
 
 
-def build_engine(run: training.Run) -> "DDPEngine":
+def build_engine(run: runs.Run) -> "DDPEngine":
     """The engine that the flags name; one process has nothing to share."""
     args, world_size = run.args, run.processes.world_size
     check_expert_parallel(args.expert_parallel, world_size, args.data_parallel, run.config)
@@ -76,7 +77,7 @@ def build_engine(run: training.Run) -> "DDPEngine":
 class DDPEngine:
     """Whole model, EMA and optimizer on every process; gradients are averaged in the last backward of a step."""
 
-    def __init__(self, run: training.Run):
+    def __init__(self, run: runs.Run):
         args = run.args
         self.args, self.device, self.processes = args, run.processes.device, run.processes
         if args.deterministic:

@@ -24,6 +24,7 @@ from torch import Tensor
 import checkpoint
 import cli
 import distributed
+import runs
 import sampling
 import training
 from cli import UsageError
@@ -37,7 +38,7 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 def get_parser() -> cli.Parser:
     parser = cli.Parser(prog="train_deepspeed.py", description=__doc__.partition("\n")[0])
-    training.add_training_arguments(parser)
+    runs.add_training_arguments(parser)
     group = parser.add_argument_group("DeepSpeed")
     group.add_argument(
         "--deepspeed_config",
@@ -59,7 +60,7 @@ def main(args) -> None:
     processes = distributed.start(args.device, args.start_timeout)
     try:
         set_global_batch_size(args, processes.world_size)
-        run = training.prepare(args, processes)
+        run = runs.prepare(args, processes)
         config = processes.together(lambda: complete_config(file, run))
         with distributed.noticing_lost_processes():
             training.train(run, ZeroEngine(run, config))
@@ -136,7 +137,7 @@ def set_global_batch_size(args, world_size: int) -> None:
     args.global_batch_size = per_process * world_size
 
 
-def complete_config(config: dict, run: training.Run) -> dict:
+def complete_config(config: dict, run: runs.Run) -> dict:
     """The file with what the flags decide.
 
     Raises:
@@ -257,7 +258,7 @@ class ZeroEngine:
     fp32), and autocast decides what each operation runs in, as in train.py.
     """
 
-    def __init__(self, run: training.Run, config: dict):
+    def __init__(self, run: runs.Run, config: dict):
         args = run.args
         self.args, self.device, self.processes = args, run.processes.device, run.processes
         self.stage, self.world_size = config["zero_optimization"]["stage"], run.processes.world_size

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import cli
+import runs
 import train
 import training
 from distributed import Processes
@@ -118,7 +119,7 @@ def test_accumulated_gradient_is_the_mean_over_micro_batches_balance_loss_includ
         return step(self, lr, finite)
 
     targets = []
-    noised = training.RectifiedFlow.noised
+    noised = runs.RectifiedFlow.noised
 
     def remember_target(self, *arguments):
         targets.append(noised(self, *arguments).target)
@@ -126,7 +127,7 @@ def test_accumulated_gradient_is_the_mean_over_micro_batches_balance_loss_includ
 
     monkeypatch.setattr(train.DDPEngine, "forward", remember)
     monkeypatch.setattr(train.DDPEngine, "step", keep_gradient)
-    monkeypatch.setattr(training.RectifiedFlow, "noised", remember_target)
+    monkeypatch.setattr(runs.RectifiedFlow, "noised", remember_target)
     first = run_train(images, steps=1)
     second = run_train(images, "--init-from", first, "--accum_iter", "2", "--aux-loss-alpha", "0.3", steps=1)
 
@@ -502,7 +503,7 @@ def test_fp16_scaler_recovers_from_overflow(images, monkeypatch):
 
 def poison(monkeypatch, bad_steps) -> None:
     """NaN in the loss of the third sample of the batch at the given 0-based steps."""
-    loss, calls = training.RectifiedFlow.loss, []
+    loss, calls = runs.RectifiedFlow.loss, []
 
     def poisoned(self, output, batch):
         terms = loss(self, output, batch)
@@ -511,7 +512,7 @@ def poison(monkeypatch, bad_steps) -> None:
         calls.append(1)
         return terms
 
-    monkeypatch.setattr(training.RectifiedFlow, "loss", poisoned)
+    monkeypatch.setattr(runs.RectifiedFlow, "loss", poisoned)
 
 
 def test_a_loss_that_is_not_finite_skips_the_update(images, monkeypatch):
@@ -698,11 +699,11 @@ def test_first_slurm_node():
 
 def test_precision_of_accelerate_launch_is_used(monkeypatch):
     cpu = torch.device("cpu")
-    assert training.choose_precision(None, cpu) == "fp32"
+    assert runs.choose_precision(None, cpu) == "fp32"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    assert training.choose_precision(None, cpu) == "fp16" and training.choose_precision("bf16", cpu) == "bf16"
+    assert runs.choose_precision(None, cpu) == "fp16" and runs.choose_precision("bf16", cpu) == "bf16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert training.choose_precision(None, cpu) == "fp32"
+    assert runs.choose_precision(None, cpu) == "fp32"
 
 
 def test_processes_of_one_need_no_process_group():

@@ -1,0 +1,407 @@
+"""A training run before its first step: the flags that all trainers share, checked, and what it resumes.
+
+`prepare` turns flags into a `Run`, having looked at all that the user gave; nothing is written before that.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import distributed
+import evaluation
+import sampling
+from cli import Parser, UsageError, natural_int, number_in, positive_int
+from data import BatchSchedule, ImageData, SpaceInfo, load_space, require_folder, space_info
+from diffusion import GaussianDiffusion, RectifiedFlow
+from files import write_json
+from latents import LatentShards, open_features
+from models import DiT_models, DiTConfig, build_config, check_attention, row_name
+from optim import SCHEDULES
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+
+def add_training_arguments(parser: Parser) -> None:
+    """What every trainer takes; the names are those of DiT-MoE and fast-DiT where they have one."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-path", type=Path, help="folder with one folder of images per class")
+    group.add_argument("--feature-path", type=Path, help="extracted latents (or fast-DiT's), in place of --data-path")
+    group.add_argument("--vae-path", "--vae", default="mse", help="autoencoder: folder, hub name, mse, ema, or none")
+    group.add_argument("--image-size", type=positive_int, default=256, help="side of the images, in pixels")
+    group.add_argument("--num-workers", type=natural_int, default=4, help="processes that load data; 0: none")
+    parser.add_switch(group, "--flip", True, "mirror half of the images")
+
+    group = parser.add_argument_group("model")
+    # None stands for what --init-from says, or else for the default that `DiTConfig` has.
+    group.add_argument("--model", help="row of the table of sizes: DiT-{S,B,L,XL}/{2,4,8}, DiT-G/2 (default: DiT-S/2)")
+    group.add_argument("--num-classes", type=positive_int, help="the data may have fewer (default: 1000)")
+    group.add_argument("--num_experts", type=natural_int, help="routed experts per MoE layer (default: 0, a dense DiT)")
+    group.add_argument("--num_experts_per_tok", type=positive_int, help="experts that each token goes to (default: 2)")
+    group.add_argument("--num_shared_experts", type=natural_int, help="always-on experts of width D (default: 2)")
+    group.add_argument("--expert-ratio", type=number_in(0, 1e3), help="width of a routed expert over D (default: 4)")
+    group.add_argument("--moe-layers", help="all, every-N, deep-half, shallow-half, or 0,2,5 (default: all)")
+    parser.add_switch(group, "--norm-topk-prob", None, "divide the routing weights of a token by their sum")
+    parser.add_switch(group, "--qk-norm", None, "default: on for XL and G with experts, as published")
+    group.add_argument("--class-dropout-prob", type=number_in(0, 1), help="labels dropped, for guidance (default: 0.1)")
+    group.add_argument("--pretraining_tp", type=int, help="accepted for published commands; has no effect")
+
+    group = parser.add_argument_group("objective")
+    parser.add_switch(group, "--rf", False, "rectified flow in place of DDPM")
+    group.add_argument("--t-distribution", choices=("lognormal", "uniform"), default="lognormal", help="of flow time")
+    group.add_argument(
+        "--timestep-shift", type=number_in(0.01, 100), default=1.0, help="of flow time; above 1: to noise"
+    )
+    group.add_argument("--time-scale", type=number_in(1e-3, 1e6), default=1.0, help="of flow time in the network")
+    parser.add_switch(group, "--stratified-t", False, "spread the times of a batch evenly over their distribution")
+    group.add_argument("--noise-schedule", choices=("linear", "cosine"), default="linear", help="of DDPM")
+    group.add_argument("--prediction", choices=("eps", "x0", "v"), default="eps", help="what a DDPM network predicts")
+    group.add_argument(
+        "--diffusion-loss", choices=("hybrid", "mse"), default="hybrid", help="mse: variance not learned"
+    )
+
+    group = parser.add_argument_group("optimization")
+    group.add_argument("--epochs", type=positive_int, default=1400, help="passes over the data")
+    group.add_argument("--max-steps", type=positive_int, help="stop after so many steps, if epochs do not end first")
+    group.add_argument("--global-batch-size", type=positive_int, default=256, help="images of one optimizer step")
+    group.add_argument("--accum_iter", type=positive_int, default=1, help="micro-batches that a step is cut into")
+    group.add_argument("--lr", type=number_in(0, 1e3), default=1e-4, help="learning rate of AdamW")
+    group.add_argument(
+        "--lr-schedule", choices=SCHEDULES, default="constant", help="after the warmup, until the last step"
+    )
+    group.add_argument(
+        "--warmup-steps", type=natural_int, default=0, help="steps of linear growth of the learning rate"
+    )
+    group.add_argument(
+        "--weight-decay", type=number_in(0, 1e3), default=0.0, help="of matrices; biases, norms and tables do not decay"
+    )
+    group.add_argument(
+        "--grad-clip", type=number_in(0, math.inf), default=0.0, help="largest norm of the gradient; 0: no clipping"
+    )
+    group.add_argument("--ema-decay", type=number_in(0, 1), default=0.9999, help="of the moving average of the weights")
+    group.add_argument(
+        "--aux-loss-alpha", type=number_in(0, 1e6), default=0.005, help="factor of the balance loss (paper: 0.005)"
+    )
+    parser.add_switch(group, "--local-balance", False, "balance each process's own tokens, not those of all processes")
+    group.add_argument(
+        "--global-seed", type=natural_int, default=0, help="of initial weights, data order and all noise"
+    )
+
+    group = sampling.add_machine_arguments(parser)
+    parser.add_switch(group, "--activation-checkpointing", False, "recompute blocks in the backward, to save memory")
+    parser.add_switch(group, "--deterministic", False, "bit-identical repeat runs on a GPU too, slower")
+    group.add_argument(
+        "--start-timeout",
+        type=number_in(1, 1e6),
+        default=1800,
+        help="seconds to wait for the other processes until the first step is done, with its compilation",
+    )
+    group.add_argument(
+        "--timeout",
+        type=number_in(1, 1e6),
+        default=1800,
+        help="seconds after which a process that hears nothing from another one gives up, from then on",
+    )
+    group.add_argument("--local-rank", type=int, help="set by launchers; not used")
+
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--results-dir", type=Path, default=Path("results"), help="run folders NNN-<model>-<E>E<K>A-<objective> go here"
+    )
+    group.add_argument("--resume", help="auto (newest good checkpoint of the newest run of this name), or a folder")
+    group.add_argument("--init-from", help="start from the weights alone of a checkpoint or published file")
+    parser.add_switch(group, "--allow-changes", False, "resume although data or flags that shape the curve differ")
+    group.add_argument("--log-every", type=positive_int, default=100, help="steps between log lines")
+    group.add_argument("--ckpt-every", type=positive_int, default=50_000, help="steps between checkpoints")
+    group.add_argument("--keep-last", type=natural_int, default=0, help="checkpoints to keep, at least 2; 0: all")
+    group.add_argument("--keep-every", type=natural_int, default=0, help="keep those of every so many steps besides")
+    group.add_argument(
+        "--sample-every", type=natural_int, default=0, help="draw a grid of images from the EMA; 0: never"
+    )
+    group.add_argument("--sample-cfg-scale", type=number_in(0, 1e3), default=1.5, help="guidance of those images")
+    group.add_argument(
+        "--metrics-every", type=natural_int, default=0, help="compare images from the EMA with a reference; 0: never"
+    )
+    group.add_argument("--metrics-samples", type=positive_int, default=5000, help="how many; --sample-cfg-scale")
+    group.add_argument("--metrics-ref", type=Path, help="what `calculate_metrics.py ref` wrote, or ADM's reference")
+    group.add_argument("--metrics-weights", type=Path, help="of the network that the reference was made with")
+    group.add_argument(
+        "--profile", type=natural_int, default=0, help="record so many of the first steps: trace and table of kernels"
+    )
+    parser.add_switch(group, "--wandb", False, "log to Weights & Biases too (pip install wandb)")
+
+
+MODEL_FLAGS = (  # each a field of DiTConfig
+    *("num_classes", "class_dropout_prob", "num_experts", "num_experts_per_tok", "num_shared_experts"),
+    *("expert_ratio", "norm_topk_prob", "moe_layers", "qk_norm"),
+)
+
+# Flags that may differ when a run is resumed: they do not shape the loss curve.
+RUN_CONTROL = {
+    *("data_path", "feature_path", "vae_path", "num_workers", "epochs", "max_steps", "device", "local_rank", "timeout"),
+    *("attention", "compile", "activation_checkpointing", "deterministic", "pretraining_tp"),
+    *("data_parallel", "expert_parallel", "start_timeout"),
+    *("deepspeed", "deepspeed_config", "results_dir", "resume", "init_from", "allow_changes"),
+    *("log_every", "ckpt_every", "keep_last", "keep_every", "sample_every", "sample_cfg_scale", "wandb", "profile"),
+    *("metrics_every", "metrics_samples", "metrics_ref", "metrics_weights"),
+}
+
+# ------------------------------------------------------------------------------------------------------------------ run
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One training run, checked and ready: what the loop needs besides the engine."""
+
+    args: argparse.Namespace  # resolved: no flag stands for a choice that is still to be made
+    processes: distributed.Processes
+    config: DiTConfig
+    objective: object
+    data: torch.utils.data.Dataset
+    schedule: BatchSchedule
+    space: object  # None where latents are read from disk and no images are drawn
+    total_steps: int
+    record: dict  # config.json of its checkpoints
+    evaluator: evaluation.Evaluator | None = None  # of --metrics-every
+    resume_from: Path | None = None
+    folder: Path | None = None  # of a run that is resumed; else `open` makes it
+    log: distributed.Logger = field(default_factory=lambda: distributed.Logger(None))
+
+    def open(self, step: int) -> None:
+        """Make or claim the run folder, and its log. Called when all is checked: wrong input leaves no folder."""
+        self.folder = self.processes.on_main(self._claim_folder)
+        if self.processes.is_main:
+            wandb = {"name": self.folder.name, "config": flags(self.args)} if self.args.wandb else None
+            self.log = distributed.Logger(self.folder, wandb, step)
+            write_json(self.folder / "args.json", flags(self.args))
+            checkpoint.sweep(self.folder / "checkpoints")
+            for later in checkpoint.set_aside(self.folder, step):
+                self.log.info(f"this run goes back behind a checkpoint of the one before, which is now {later}")
+
+    def _claim_folder(self) -> Path:
+        name = run_name(self.args.model, self.config, self.objective)
+        folder = self.folder or distributed.new_run_folder(self.args.results_dir, name)
+        self._claim = distributed.claim(folder)
+        return folder
+
+    def close(self) -> None:
+        self.log.close()
+        if self.processes.is_main and self.folder is not None:
+            self._claim.close()
+
+
+def prepare(args, processes: distributed.Processes) -> Run:
+    """Check all that the user gave, on all processes; writes nothing.
+
+    Raises:
+        UsageError: flags, data or checkpoint are wrong.
+    """
+    run = processes.together(lambda: _check(args, processes))
+    if args.metrics_every:
+        run.evaluator = evaluation.evaluator_for_training(
+            args.metrics_ref,
+            args.metrics_weights,
+            args.image_size,
+            args.metrics_samples,
+            run.schedule.micro_batch_size,
+            processes,
+        )
+    run.resume_from, run.folder = processes.on_main(lambda: find_resume(run))
+    return run
+
+
+def _check(args, processes: distributed.Processes) -> Run:
+    args = argparse.Namespace(**vars(args))
+    args.precision = choose_precision(args.precision, processes.device)
+    if (args.data_path is None) == (args.feature_path is None):
+        raise UsageError("give either --data-path (a folder of images per class) or --feature-path (latents)")
+    if args.data_path is not None:
+        require_folder(args.data_path, "data path")
+    if args.keep_last == 1:
+        raise UsageError("--keep-last 1 would leave no checkpoint to fall back to; use 2 or more, or 0 for all")
+    if args.metrics_every and args.metrics_ref is None:
+        raise UsageError("--metrics-every needs --metrics-ref FILE, which `calculate_metrics.py ref` writes")
+    if args.wandb and importlib.util.find_spec("wandb") is None:
+        raise UsageError("--wandb needs the package: pip install wandb")
+    model = choose_model(args)  # a wrong one is said before the data is looked through
+    for name in MODEL_FLAGS:
+        setattr(args, name, getattr(model, name))
+    args.model = args.model or row_name(model) or "DiT"
+    if args.compile and args.precision in ("fp32", "tf32") and torch.__version__ < "2.15" and args.num_experts:
+        raise UsageError(f"--compile with --precision {args.precision} needs PyTorch 2.15 or newer; use bf16")
+    objective = build_objective(args)
+    needs_space = args.feature_path is None or args.sample_every > 0 or args.metrics_every > 0
+    space_facts = space_info(args.vae_path) if needs_space else None
+    data = open_data(args, space_facts)
+    if data.num_classes > args.num_classes:
+        raise UsageError(f"the data has {data.num_classes} classes, --num-classes allows {args.num_classes}")
+    channels, input_size, width = data.latent_shape
+    if width != input_size:
+        raise UsageError(f"latents of {input_size}x{width} are not square")
+    if needs_space and space_facts.channels != channels:
+        raise UsageError(f"--vae-path {args.vae_path} has {space_facts.channels} channels, the latents have {channels}")
+    if args.init_from is not None and model.in_channels != channels:
+        raise UsageError(f"{args.init_from} is for latents of {model.in_channels} channels, the data has {channels}")
+    config = dataclasses.replace(model, input_size=input_size, in_channels=channels)
+    dtype = sampling.PRECISIONS[args.precision]
+    check_attention(args.attention, processes.device, dtype, config.hidden_size // config.num_heads)
+    schedule = BatchSchedule(
+        len(data), args.global_batch_size, args.accum_iter, processes.rank, processes.world_size, args.global_seed
+    )
+    steps = args.epochs * schedule.steps_per_epoch
+    record = {
+        "format": checkpoint.FORMAT,
+        "model_name": args.model,
+        "model": config.to_dict(),
+        "objective": objective.config(),
+        "space": space_facts.config() if needs_space else {"path": args.vae_path},
+        "image_size": args.image_size,
+        "ema_decay": args.ema_decay,
+        "data": {"samples": len(data), "fingerprint": data.fingerprint(), "class_names": data.class_names},
+        "versions": {"torch": torch.__version__},
+    }
+    return Run(
+        args=args,
+        processes=processes,
+        config=config,
+        objective=objective,
+        data=data,
+        schedule=schedule,
+        space=load_space(args.vae_path).to(processes.device) if needs_space else None,
+        total_steps=min(args.max_steps or steps, steps),
+        record=record,
+    )
+
+
+def choose_model(args) -> DiTConfig:
+    """What the model flags say, or the file of `--init-from`, which they must not contradict.
+
+    Label dropout may be another one, and so may the image size: neither changes a parameter.
+    """
+    given = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
+    useless = set(given) & {"num_experts_per_tok", "num_shared_experts", "expert_ratio", "moe_layers", "norm_topk_prob"}
+    if args.init_from is None and useless and not args.num_experts:
+        raise UsageError(
+            f"--{min(useless)} without --num_experts: that is a dense DiT; add, for example, --num_experts 8"
+        )
+    if args.init_from is None:
+        # Any size that every patch divides: the true one is not known before the data.
+        return build_config(args.model or "DiT-S/2", input_size=64, **given)
+    known = {"num_experts_per_tok": given["num_experts_per_tok"]} if "num_experts_per_tok" in given else {}
+    config = checkpoint.load_weights(args.init_from, **known).config
+    dropout = given.pop("class_dropout_prob", config.class_dropout_prob)
+    if args.model is not None:
+        given |= {key: getattr(build_config(args.model), key) for key in DiT_models[args.model]}
+    for name, value in given.items():
+        if value != getattr(config, name):
+            flag = args.model if name in DiT_models["DiT-S/2"] else f"--{name} {value}"
+            looks = checkpoint.describe(config)
+            raise UsageError(f"{flag} contradicts {args.init_from}, which has {name} {getattr(config, name)} ({looks})")
+    if (dropout > 0) != (config.null_class is not None):
+        has = "a" if config.null_class is not None else "no"
+        raise UsageError(f"--class-dropout-prob {dropout} contradicts {args.init_from}, which has {has} null class")
+    return dataclasses.replace(config, class_dropout_prob=dropout)
+
+
+def choose_precision(name: str | None, device: torch.device) -> str:
+    """`--precision`, or what `accelerate launch --mixed_precision` left in the environment, or the device's best."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if name is None and launched in sampling.PRECISIONS:
+        name = launched
+    return sampling.choose_precision(name, device)
+
+
+def build_objective(args):
+    """The one place where `--rf` is read."""
+    if args.rf:
+        return RectifiedFlow(args.t_distribution, args.timestep_shift, args.time_scale)
+    return GaussianDiffusion(
+        schedule=args.noise_schedule,
+        prediction=args.prediction,
+        variance="learned_range" if args.diffusion_loss == "hybrid" else "fixed_small",
+        loss=args.diffusion_loss,
+    )
+
+
+def open_data(args, space_facts: SpaceInfo | None):
+    if args.feature_path is not None:
+        data = open_features(args.feature_path, args.image_size, args.global_seed, args.flip)
+        if isinstance(data, LatentShards):
+            data.compare_with(space_facts)
+            if space_facts is None:  # no autoencoder is loaded; checkpoints must name the one that made the latents
+                args.vae_path = data.space.path
+        return data
+    return ImageData(args.data_path, args.image_size, space_facts, args.global_seed, args.flip)
+
+
+def run_name(model: str, config: DiTConfig, objective) -> str:
+    """`DiT-S-2-8E2A-rf`, or `DiT-S-2-ddpm` for the dense model."""
+    experts = f"-{config.num_experts}E{config.num_experts_per_tok}A" if config.num_experts else ""
+    return f"{model.replace('/', '-')}{experts}-{objective.name}"
+
+
+def flags(args) -> dict:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def find_resume(run: Run) -> tuple[Path | None, Path | None]:
+    """(checkpoint to resume from, run folder to go on in), or twice None for a new run.
+
+    Raises:
+        UsageError: there is none at the path given, it is damaged, or the curve could not go on as it was.
+    """
+    args, folder = run.args, None
+    if args.resume is None:
+        return None, None
+    if args.resume == "auto":
+        name = run_name(args.model, run.config, run.objective)
+        newest_run = next(iter(distributed.find_runs(args.results_dir, name)), None)
+        newest = checkpoint.newest_good(newest_run) if newest_run else None
+        if newest is None:
+            print(f"--resume auto: no checkpoint in the newest run of {name} in {args.results_dir}, starting anew")
+            return None, None
+        found, folder = newest, newest_run
+    else:
+        path = Path(args.resume).expanduser()
+        if path.is_file():
+            raise UsageError(f"--resume needs a checkpoint folder; to start from the weights in {path} use --init-from")
+        if not path.is_dir():
+            raise UsageError(f"--resume {path}: no such folder")
+        if checkpoint.is_checkpoint(path):
+            checkpoint.verify(path)
+            found, folder = path, path.parent.parent if path.parent.name == "checkpoints" else None
+        else:
+            found, folder = checkpoint.newest_good(path), path
+            if found is None:
+                raise UsageError(f"--resume {path}: no good checkpoint in this folder")
+    if not (found / "state.json").is_file():
+        raise UsageError(f"--resume {found}: it holds weights, not the state of a run; use --init-from")
+    if not args.allow_changes:
+        compare_with_checkpoint(run, found)
+    return found, folder
+
+
+def compare_with_checkpoint(run: Run, folder: Path) -> None:
+    """Refuse to resume a run whose curve could not go on as it was."""
+    before, state = checkpoint.read_json(folder, "config"), checkpoint.read_json(folder, "state")
+    flags_before, flags_now = state["flags"], flags(run.args)
+    before["model"] = DiTConfig.from_dict(before["model"]).to_dict()  # with today's defaults for options of today
+    pairs = {"data fingerprint": (before["data"]["fingerprint"], run.record["data"]["fingerprint"])}
+    for part in ("model", "objective", "space"):
+        pairs |= {f"{part} {key}": (before[part].get(key), value) for key, value in run.record[part].items()}
+    pairs.pop("space path")  # an autoencoder may have moved
+    for key in (flags_before.keys() & flags_now.keys()) - RUN_CONTROL:
+        pairs[f"--{key}"] = flags_before[key], flags_now[key]
+    if run.args.lr_schedule != "constant":
+        pairs["number of steps, which the learning rate follows,"] = state["total_steps"], run.total_steps
+    if different := [f"{what} was {old}, is {new}" for what, (old, new) in sorted(pairs.items()) if old != new]:
+        raise UsageError(
+            f"cannot resume {folder}: {'; '.join(different[:4])}; --allow-changes resumes all the same, without "
+            f"--resume a new run begins"
+        )
