@@ -91,15 +91,14 @@ def main(args) -> None:
 def evaluate(args, processes: distributed.Processes) -> None:
     processes.on_main(lambda: check_paths(args))
     extractor = choose_extractor(args, processes)
-    reference = measure_reference(args.ref, extractor, processes, args.batch_size)
+    images = processes.together(lambda: open_samples(args, processes.device))
+    reference = measure_reference(args.ref, extractor, processes, args.batch_size, args.image_size)
     training = None
     if args.train is not None:
-        training = processes.together(lambda: open_images(args.train))
+        training = processes.together(lambda: open_images(args.train, args.image_size))
         training = measure(training, extractor, processes, args.batch_size, title=f"features of {args.train.name}")
-    evaluator = Evaluator(reference, extractor, processes.device, training)
-
-    images = processes.together(lambda: open_samples(args, processes.device))
-    evaluator.check(images.size, images.count, str(args.samples))
+    evaluator = processes.together(lambda: Evaluator(reference, extractor, processes.device, training))
+    processes.together(lambda: evaluator.check(images.size, images.count, str(args.samples)))
     samples = measure(images, extractor, processes, args.batch_size, title="samples")
     results = processes.on_main(lambda: compare(evaluator, samples))
     if processes.is_main:
@@ -162,7 +161,9 @@ def open_samples(args, device: torch.device) -> Images:
     loaded = sampling.load_for_sampling(args, device, sampling.set_precision(precision))
     labels = sampling.LABELS[args.labels](args.num_samples, loaded.model.config.num_classes, args.seed)
     record = {"source": str(loaded.source), "settings": loaded.record(precision) | {"labels": args.labels}}
-    return DrawnImages(loaded.model, loaded.objective, loaded.space, labels, loaded.settings, loaded.image_size, record)
+    return DrawnImages(
+        loaded.network, loaded.objective, loaded.space, labels, loaded.settings, loaded.image_size, record
+    )
 
 
 def compare(evaluator: Evaluator, samples: Statistics) -> dict:

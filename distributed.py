@@ -6,7 +6,6 @@ rank only which GPU it uses.
 """
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -24,8 +23,6 @@ from torch import Tensor
 
 from cli import RunStopped, UsageError
 from files import replacing
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 
 @dataclass(frozen=True)
@@ -130,22 +127,7 @@ def choose_device(name: str) -> torch.device:
     """`auto`, `cpu` or `cuda` as a device."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()
-    return device
-
-
-def keep_freed_memory() -> None:
-    """Let the C library (glibc) keep what tensors leave, for the next ones.
-
-    By default it returns everything above 32 MB, such as the gradients of stacked experts in each step, and the system
-    clears every page again when it is touched: a tenth of the time of a MoE layer's backward.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(M_MMAP_MAX, 0)
-        library.mallopt(M_TRIM_THRESHOLD, -1)
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def start(device: str = "auto", timeout: float = 600) -> Processes:

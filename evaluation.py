@@ -466,6 +466,8 @@ class Evaluator:
             seen = self._on_device(training)
             values["nearest"] = metrics.nearest_distances(features, seen).mean().item()
             new = metrics.nearest_distances(self._on_device(reference), seen).mean().item()
+            if new == 0:
+                raise UsageError("every image of the reference is among those of --train; give images kept out of it")
             values["nearest_of_reference"], values["memorisation"] = new, values["nearest"] / new
         return values
 
@@ -518,7 +520,7 @@ def evaluator_for_training(
     extractor = load_extractor(name, weights, "--metrics-weights", processes)
     reference = measure_reference(path, extractor, processes, batch_size)
     evaluator = Evaluator(reference, extractor, processes.device)
-    evaluator.check(size, count, "--metrics-every")
+    processes.together(lambda: evaluator.check(size, count, "--metrics-every"))
     return evaluator
 
 

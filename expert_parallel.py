@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from cli import UsageError
@@ -60,12 +61,24 @@ class ExpertParallel:
         return AllToAll.apply(y[:0] if nothing else y, received, sent, self.group)
 
 
-def deal_experts(moe: MoE, mesh: DeviceMesh) -> None:
-    """Leave this process its experts of `moe`, as part of tensors sharded over `mesh`, and let tokens travel."""
+def deal_experts(moe: MoE, grid: DeviceMesh, **options) -> None:
+    """Leave this process its experts of `moe`, sharded over the processes that have the same ones (FSDP2).
+
+    The gradient is the mean over all processes, as that of parameters which are not dealt out.
+
+    Args:
+        grid: of "data" x "expert" processes: tokens travel along the second dimension.
+        options: of `fully_shard`.
+    """
     for name, parameter in list(moe.experts.named_parameters()):
-        mine = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+        mine = distribute_tensor(parameter.detach(), grid["expert"], [Shard(0)], src_data_rank=None)
         setattr(moe.experts, name, nn.Parameter(mine))
-    moe.parallel = ExpertParallel(mesh.get_group())
+    # Along the width, not expert by expert: there may be fewer experts here than processes that share them.
+    fully_shard(moe.experts, mesh=grid["data"], shard_placement_fn=lambda _: Shard(1), **options)
+    moe.experts.set_gradient_divide_factor(grid.size())  # each expert has seen the tokens of its whole group
+    if grid["data"].size() > 1:  # gloo cannot divide on the way; where nothing travels, this would divide twice
+        moe.experts.set_force_sum_reduction_for_comms(True)
+    moe.parallel = ExpertParallel(grid["expert"].get_group())
 
 
 def check_expert_parallel(over: int, processes: int, data_parallel: str, config: DiTConfig) -> None:

@@ -106,7 +106,7 @@ class DINOv2:
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> dict[str, Tensor]:
         x = torch.tensor(images, device=self.device).permute(0, 3, 1, 2).float()
-        x = F.interpolate(x, size=(224, 224), mode="bicubic", antialias=True)
+        x = F.interpolate(x, size=(224, 224), mode="bicubic", antialias=True).round().clamp(0, 255)  # as PIL leaves it
         mean, std = (x.new_tensor(self.network.default_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
         with full_precision(self.device):
             return {"features": self.network((x / 255 - mean) / std)}

@@ -6,6 +6,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 SKIPPED, WARMUP = 3, 2  # steps before those that are recorded: compilation, caches, the profiler's own start
+BEFORE = SKIPPED + WARMUP
 TABLE_ROWS = 25
 
 

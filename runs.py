@@ -16,6 +16,7 @@ import torch
 import checkpoint
 import distributed
 import evaluation
+import profiling
 import sampling
 from cli import Parser, UsageError, natural_int, number_in, positive_int
 from data import BatchSchedule, ImageData, SpaceInfo, load_space, require_folder, space_info
@@ -124,11 +125,11 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument(
         "--sample-every", type=natural_int, default=0, help="draw a grid of images from the EMA; 0: never"
     )
-    group.add_argument("--sample-cfg-scale", type=number_in(0, 1e3), default=1.5, help="guidance of those images")
+    group.add_argument("--sample-cfg-scale", type=number_in(0, 1e3), default=1.5, help="guidance of images of a run")
     group.add_argument(
         "--metrics-every", type=natural_int, default=0, help="compare images from the EMA with a reference; 0: never"
     )
-    group.add_argument("--metrics-samples", type=positive_int, default=5000, help="how many; --sample-cfg-scale")
+    group.add_argument("--metrics-samples", type=positive_int, default=5000, help="how many, all classes in turn")
     group.add_argument("--metrics-ref", type=Path, help="what `calculate_metrics.py ref` wrote, or ADM's reference")
     group.add_argument("--metrics-weights", type=Path, help="of the network that the reference was made with")
     group.add_argument(
@@ -255,6 +256,8 @@ def _check(args, processes: distributed.Processes) -> Run:
         len(data), args.global_batch_size, args.accum_iter, processes.rank, processes.world_size, args.global_seed
     )
     steps = args.epochs * schedule.steps_per_epoch
+    if args.profile and min(args.max_steps or steps, steps) < args.profile + profiling.BEFORE:
+        raise UsageError(f"--profile {args.profile} needs a run of at least {args.profile + profiling.BEFORE} steps")
     record = {
         "format": checkpoint.FORMAT,
         "model_name": args.model,

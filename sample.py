@@ -80,7 +80,7 @@ def draw(loaded: sampling.Loaded, labels: list[int], settings: sampling.Settings
             bar.update()
 
     batches = sampling.generate(
-        loaded.model, loaded.objective, loaded.space, labels, settings, batch_size=batch_size, progress=progress
+        loaded.network, loaded.objective, loaded.space, labels, settings, batch_size=batch_size, progress=progress
     )
     images = np.concatenate(list(batches))
     bar.close()

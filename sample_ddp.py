@@ -294,7 +294,7 @@ def draw_batch(loaded: sampling.Loaded, settings: sampling.Settings, images: Ima
     """(n, H, W, 3) uint8."""
     indices, labels = images.indices(batch), images.labels_of(batch).tolist()
     batches = sampling.generate(
-        loaded.model, loaded.objective, loaded.space, labels, settings, indices=indices, batch_size=len(labels)
+        loaded.network, loaded.objective, loaded.space, labels, settings, indices=indices, batch_size=len(labels)
     )
     return next(batches)
 

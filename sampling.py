@@ -69,7 +69,8 @@ def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
     group.add_argument("--num-sampling-steps", help="steps; DDPM also takes 10,15,20 or ddim50 (ddpm: 250, rf: 50)")
     group.add_argument("--sampler", help="ddpm, ddim, dpm++ for DDPM; euler, heun, dpm++ for rectified flow")
 
-    add_machine_arguments(parser)
+    group = add_machine_arguments(parser)
+    parser.add_switch(group, "--cuda-graph", False, "record the network's kernels and replay them (bf16 on a GPU)")
 
 
 def add_machine_arguments(parser: Parser):
@@ -206,26 +207,32 @@ def generate(
         yield (images * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def captured(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`model` with its kernels recorded, once per shape of its inputs, as a CUDA graph: a call is one launch.
+class Captured:
+    """A network whose kernels are recorded, once per shape of its inputs, as a CUDA graph: a call is one launch.
 
-    For sampling: no gradients, weights in the precision to sample with (what autocast casts and keeps would be outside
-    of the graph), inputs (N, ...) on the GPU. The graph's memory stays taken as long as the function lives. Elsewhere
-    than on a GPU, the model itself.
+    For sampling: no gradients, bf16 weights (what autocast casts and keeps would be outside of the graph, and other
+    precisions ask the host where experts' segments end), inputs (N, ...) on the GPU. The graph's memory stays taken as
+    long as this lives. Stands in for the model in `generate`.
     """
-    recorded = {}
 
-    def replay(*inputs: Tensor) -> Tensor:
+    def __init__(self, model: DiT):
+        self.model, self.recorded = model, {}
+        self.config, self.parameters = model.config, model.parameters
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
         key = tuple((each.shape, each.dtype) for each in inputs)
-        if key not in recorded:
-            recorded[key] = _record(model, inputs)
-        graph, places, output = recorded[key]
+        if key not in self.recorded:
+            self.recorded[key] = _record(self.model, inputs)
+        graph, places, output = self.recorded[key]
         for place, given in zip(places, inputs, strict=True):
             place.copy_(given)
         graph.replay()
         return output.clone()  # the next call writes into it
 
-    return replay if next(model.parameters()).is_cuda else model
+
+def captured(model: DiT) -> "Captured | DiT":
+    """`Captured` on a GPU, the model itself elsewhere."""
+    return Captured(model) if next(model.parameters()).is_cuda else model
 
 
 def _record(model: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple:
@@ -383,6 +390,7 @@ class Loaded:
     """A network ready to draw images, and all that it was trained with."""
 
     model: DiT
+    network: "DiT | Captured"  # what to call: the model, or its graph
     objective: object
     space: object
     image_size: int
@@ -441,12 +449,16 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
 
     with torch.device("meta"):
         model = DiT(weights.config)
+    if args.cuda_graph and (device.type != "cuda" or dtype != torch.bfloat16):
+        raise UsageError("--cuda-graph needs a GPU and --precision bf16")
     model.set_attention(args.attention)
     check_attention(args.attention, device, dtype, weights.config.hidden_size // weights.config.num_heads)
     checkpoint.load_into(model, weights, device, dtype)
     if args.compile:
         model.compile_blocks()
-    return Loaded(model.eval().requires_grad_(False), objective, space.to(device), image_size, weights.source, settings)
+    model.eval().requires_grad_(False)
+    network = captured(model) if args.cuda_graph else model
+    return Loaded(model, network, objective, space.to(device), image_size, weights.source, settings)
 
 
 def _compare_flags(args, weights: checkpoint.Weights, image_size: int) -> None:

@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -77,6 +77,8 @@ def build_engine(run: runs.Run) -> "DDPEngine":
 class DDPEngine:
     """Whole model, EMA and optimizer on every process; gradients are averaged in the last backward of a step."""
 
+    blocks_are_whole = True  # nothing within a block escapes compilation
+
     def __init__(self, run: runs.Run):
         args = run.args
         self.args, self.device, self.processes = args, run.processes.device, run.processes
@@ -90,7 +92,7 @@ class DDPEngine:
         self.module.activation_checkpointing = args.activation_checkpointing
         self.module.set_attention(args.attention)
         if args.compile:
-            self.module.compile_blocks(fullgraph=args.expert_parallel == 1)  # tokens on their way are outside of it
+            self.module.compile_blocks(fullgraph=self.blocks_are_whole)
         torch.manual_seed(args.global_seed)  # the same initial weights on every process
         self.model = self._place()
         if args.init_from is not None:
@@ -219,6 +221,8 @@ class FSDPEngine(DDPEngine):
     of every layer, which are never gathered there; they are sharded over the groups, along the width of the experts.
     """
 
+    blocks_are_whole = False  # routers and experts that are sharded apart, tokens that travel
+
     def _place(self) -> nn.Module:
         # It warns of views that something might change in place; nothing here does.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
@@ -237,10 +241,7 @@ class FSDPEngine(DDPEngine):
             for part in unit:
                 is_moe = getattr(part, "is_moe", False)
                 if is_moe and dealt_over > 1:
-                    deal_experts(part.moe, grid["expert"])
-                    fully_shard(part.moe.experts, mesh=grid["data"], shard_placement_fn=lambda _: Shard(1), **options)
-                    part.moe.experts.set_gradient_divide_factor(world)  # each has seen the tokens of its whole group
-                    part.moe.experts.set_force_sum_reduction_for_comms(True)  # gloo cannot divide meanwhile
+                    deal_experts(part.moe, grid, **options)
                 if is_moe and self.dtype != torch.float32:
                     fully_shard(part.moe.gate, mesh=mesh, **(options | {"mp_policy": fp32}))
                 fully_shard(part, mesh=mesh, **options)
@@ -292,6 +293,8 @@ def fill(targets: dict[str, Tensor], sources) -> None:
     """Copy each whole tensor of `sources` into the target of its name, or this process's part of it."""
     with torch.no_grad():
         for name, target in targets.items():
+            if name not in sources:
+                raise cli.UsageError(f"the checkpoint has no {name}: it is of another version; use --init-from")
             source = sources[name]
             if isinstance(target, DTensor):
                 source = source.to(device=target.device, dtype=target.dtype)

@@ -182,6 +182,7 @@ def train(run: Run, engine: Engine) -> None:
         RunStopped: the loss is not finite in several steps in a row, or checkpoints cannot be written.
         SystemExit: a signal asked for the end; the state has been saved.
     """
+    run.processes.set_timeout(run.args.start_timeout)  # of the groups that the engine made too
     progress = Progress(window=Window(len(run.config.moe_indices), run.config.num_experts))
     if run.resume_from is not None:
         engine.load(run.resume_from)
@@ -260,12 +261,12 @@ def _loop(run: Run, engine: Engine, progress: Progress) -> None:
         if step % args.log_every == 0 or step == run.total_steps:
             report(run, engine, progress, clock, lr, routings)
         with clock.pausing():
+            if step % args.ckpt_every == 0 or last:  # first of all: what follows may take long, or fail
+                saver.save(progress)
             if args.sample_every and (step % args.sample_every == 0 or step == run.total_steps):
                 draw_grid(run, engine, step)
             if args.metrics_every and (step % args.metrics_every == 0 or step == run.total_steps):
                 report_metrics(run, engine, step)
-            if step % args.ckpt_every == 0 or last:
-                saver.save(progress)
             if last:
                 saver.finish()
         if exit_code is not None:

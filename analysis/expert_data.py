@@ -58,6 +58,8 @@ def main(args) -> None:
 
         job = processes.together(lambda: plan(args, loaded, precision))
         todo, first_part = processes.on_main(job.open)
+        if not all(processes.gather(job.path.parent.is_dir())):
+            raise UsageError(f"{job.path.parent} is not the same for all processes; --output must be on a shared disk")
         if processes.is_main and todo:
             print(
                 f"{len(job.labels)} images, up to {job.tally().file_bytes / 1e6:.1f} MB before compression: {job.path}"

@@ -38,7 +38,8 @@ def main(args) -> None:
     for by in args.by:
         figure = plots.draw(by, data, args.half, args.of)
         for suffix in args.formats:
-            path = folder / f"{args.data.stem}-{file_name(by, args.half, args.of)}.{suffix}"
+            half = HALVES[0] if by == "layer" else args.half  # that figure shows both
+            path = folder / f"{args.data.stem}-{file_name(by, half, args.of)}.{suffix}"
             write(figure, path, args.dpi)
             print(path)
 

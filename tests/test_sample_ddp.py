@@ -169,7 +169,8 @@ def test_precision_flags():
 def test_the_folder_of_a_runs_checkpoint_names_the_run():
     source = Path("000-run/checkpoints/0000002")
     settings = sampling.Settings("50", "euler")
-    loaded = sampling.Loaded(random_model(), RectifiedFlow(), PixelSpace(), 8, source, settings)
+    model = random_model()
+    loaded = sampling.Loaded(model, model, RectifiedFlow(), PixelSpace(), 8, source, settings)
     args = sample_ddp.get_parser().parse_args(["--ckpt", "x", "--num-fid-samples", "2", "--use-ema", "False"])
     plan = sample_ddp.plan(args, loaded, settings, "fp32")
     assert plan.folder == Path("samples/000-run-0000002-no-ema-8px-euler50-cfg1-seed0-random-fp32-2")
