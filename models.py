@@ -239,10 +239,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, N, h, T, d)
-        q, k, v = qkv.unbind(0)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (N, T, h, d)
+        # Normed before heads and tokens change places: kernels lay their output out as q, so that it needs no copy.
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast norms in fp32
-        out = attend(q, k, v, self.backend)
+        out = attend(*(each.transpose(1, 2) for each in (q, k, v)), self.backend)  # (N, h, T, d)
         return self.proj(out.transpose(1, 2).flatten(2))  # (N, T, D)
 
 
@@ -453,7 +453,8 @@ class DiT(nn.Module):
         """Xavier-uniform linears; label table and timestep MLP N(0, 0.02); modulations and the final linear zero."""
         for module in (module for part in unit for module in part.modules()):
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                for projection in module.weight.chunk(getattr(module, "stacked", 1)):
+                    nn.init.xavier_uniform_(projection)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, PatchEmbed):
@@ -492,10 +493,10 @@ class DiT(nn.Module):
         for block in self.blocks:
             block.attn.backend = ATTENTION_BACKENDS[name]
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, fullgraph: bool = True) -> None:
         """torch.compile each block in place: one compilation serves all, and parameter names stay."""
         for block in self.blocks:
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=fullgraph)
 
 
 def count_parameters(model: DiT) -> tuple[int, int]:
@@ -513,6 +514,7 @@ def count_parameters(model: DiT) -> tuple[int, int]:
 
 _RENAMED = {".attn.Wqkv.": ".attn.qkv.", ".attn.out_proj.": ".attn.proj."}
 _EXPERT = re.compile(r"(blocks\.\d+\.moe\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+_SHARED = re.compile(r"(blocks\.\d+\.moe\.shared_experts)\.(gate_proj|up_proj)\.weight")
 
 
 def from_published(
@@ -520,21 +522,29 @@ def from_published(
 ) -> dict[str, Tensor]:
     """Rename a published state dict to this model's names; one that has them already passes unchanged.
 
-    Strips `module.` and `_orig_mod.` prefixes, maps `Wqkv`/`out_proj` to `qkv`/`proj`, stacks `experts.j.*`. Tensors
-    are read, moved and converted one at a time, so that a lazy mapping of a file needs one copy in memory, not two.
+    Strips `module.` and `_orig_mod.` prefixes, maps `Wqkv`/`out_proj` to `qkv`/`proj`, stacks `experts.j.*`, and
+    gate and up of the shared expert. Tensors are read, moved and converted one at a time, so that a lazy mapping of a
+    file needs one copy in memory, not two.
     """
-    names, experts = {}, {}
+    names, experts, shared = {}, {}, {}
     for source in state_dict:
         name = source.replace("_orig_mod.", "").removeprefix("module.")
         for published, ours in _RENAMED.items():
             name = name.replace(published, ours)
         if match := _EXPERT.fullmatch(name):
             experts.setdefault(match[1], {})[int(match[2]), match[3]] = source
+        elif match := _SHARED.fullmatch(name):
+            shared.setdefault(match[1], {})[match[2]] = source
         else:
             names[name] = source
     renamed = {name: state_dict[source].to(device=device, dtype=dtype) for name, source in names.items()}
     for prefix, sources in experts.items():
         renamed |= _stack_experts(prefix, sources, state_dict, device, dtype)
+    for prefix, sources in shared.items():
+        if absent := {"gate_proj", "up_proj"} - set(sources):
+            raise UsageError(f"the file lacks {prefix}.{absent.pop()}.weight")
+        parts = [state_dict[sources[kind]].to(device=device, dtype=dtype) for kind in ("gate_proj", "up_proj")]
+        renamed[f"{prefix}.gate_up_proj.weight"] = torch.cat(parts)  # (2S, D)
     return renamed
 
 
@@ -572,6 +582,9 @@ def to_published(state_dict: Mapping[str, Tensor], flash_names: bool = False) ->
         elif name.endswith(".moe.experts.down_proj"):
             for index, matrix in enumerate(tensor.unbind(0)):
                 published[name.replace("down_proj", f"{index}.down_proj.weight")] = matrix
+        elif name.endswith(".moe.shared_experts.gate_up_proj.weight"):
+            for kind, matrix in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
+                published[name.replace("gate_up_proj", kind)] = matrix
         else:
             for theirs, ours in _RENAMED.items() if flash_names else ():
                 name = name.replace(ours, theirs)
@@ -628,7 +641,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], **known) -> DiTConfig:
     moe_blocks = [i for i in range(depth) if f"blocks.{i}.moe.gate.weight" in shapes]
     if moe_blocks:
         prefix = f"blocks.{moe_blocks[0]}.moe"
-        shared = shapes.get(f"{prefix}.shared_experts.gate_proj.weight", (0,))[0]
+        shared = shapes.get(f"{prefix}.shared_experts.down_proj.weight", (0, 0))[1]
         config["num_experts"] = shapes[f"{prefix}.gate.weight"][0]
         config["num_experts_per_tok"] = min(2, config["num_experts"])
         config["expert_mlp"] = "gelu" if f"{prefix}.experts.fc1_weight" in shapes else "swiglu"

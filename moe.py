@@ -60,13 +60,30 @@ class Router(nn.Module):
 def sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """`order` (P,) and `offsets` (E,) of `Routing`: a stable sort of the assignments by expert.
 
-    Narrow keys make the device's radix sort cheap; offsets come from a binary search, not from a histogram, since
-    `bincount` copies its result's length to the host.
+    Narrow keys make the device's radix sort cheap. The ends are the row pointers of the sorted keys as a sparse matrix
+    has them: one kernel, and no histogram, since `bincount` copies its result's length to the host.
     """
     key_dtype = torch.uint8 if num_experts <= 256 else torch.int16
     keys, order = expert_ids.flatten().to(key_dtype).sort(stable=True)
-    experts = torch.arange(num_experts, dtype=key_dtype, device=keys.device)
-    return order, torch.searchsorted(keys, experts, right=True, out_int32=True)
+    return order, torch._convert_indices_from_coo_to_csr(keys, num_experts, out_int32=True)[1:]
+
+
+def inverse_permutation(order: Tensor) -> Tensor:
+    """The permutation (P,) that undoes `order` (P,)."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def gather_sum(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(P, D) rows, (T, K) places -> (T, D): the sum, weighted by (T, K), of the K rows of each token.
+
+    One kernel that adds up in fp32 and makes no (P, D) copy. `torch.compile` makes one, too, of the plain formula and
+    what surrounds it.
+    """
+    if torch.compiler.is_compiling():
+        chosen = rows.index_select(0, places.flatten()).unflatten(0, places.shape)  # (T, K, D)
+        chosen = chosen if weights is None else chosen * weights.unsqueeze(-1)
+        return chosen.sum(dim=1, dtype=rows.dtype)  # autocast would widen it
+    return F.embedding_bag(places, rows.detach(), mode="sum", per_sample_weights=weights)
 
 
 class Dispatch(torch.autograd.Function):
@@ -77,15 +94,15 @@ class Dispatch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.top_k = top_k
-        return x.index_select(0, order // top_k)
+    def forward(ctx, x: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+        places = inverse.unflatten(0, (-1, top_k))  # (T, K)
+        ctx.save_for_backward(places)
+        return x.new_empty(len(inverse), x.shape[1]).index_put_((places,), x.unsqueeze(1))
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # (P, D)
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse).unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None, None
+        (places,) = ctx.saved_tensors
+        return gather_sum(grad, places), None, None
 
 
 class Combine(torch.autograd.Function):
@@ -97,8 +114,7 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(y, weights, order, inverse)
-        by_token = y.index_select(0, inverse).unflatten(0, weights.shape)  # (T, K, D)
-        return (by_token * weights.to(y.dtype).unsqueeze(-1)).sum(dim=1, dtype=y.dtype)  # autocast would widen it
+        return gather_sum(y, inverse.view_as(weights), weights.to(y.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # (T, D)
@@ -109,10 +125,28 @@ class Combine(torch.autograd.Function):
         return grad_y, grad_weights, None, None
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of the two halves of the last dimension (arXiv 2002.05202)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of the two halves of the last dimension (arXiv 2002.05202).
+
+    Saves its input alone: silu(gate), as wide as its result, is computed again in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:  # (..., 2F) -> (..., F)
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        grads = torch.empty_like(gate_up)
+        of_gate, of_up = grads.chunk(2, dim=-1)  # filled in place: here a step has its peak of memory
+        of_gate.copy_(grad_gate)
+        F.silu(of_up.copy_(gate), inplace=True).mul_(grad)
+        return grads
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -137,6 +171,7 @@ class Experts(nn.Module):
     def product(self, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
         """(P, I) in expert order x (E, O, I), + (E, O) -> (P, O), in the precision of x."""
         product = {"grouped_mm": _grouped_mm, "loop": _segments_mm}[self.backend]
+        weight, bias = (p.to_local() if hasattr(p, "to_local") else p for p in (weight, bias))  # experts dealt out
         return product(x, weight.to(x.dtype), offsets, None if bias is None else bias.to(x.dtype))
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:  # (P, D) in expert order, (E,) -> (P, D)
@@ -160,7 +195,7 @@ class SwiGLUExperts(Experts):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))  # (E, D, F)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        hidden = swiglu(self.product(x, self.gate_up_proj, offsets))  # (P, F)
+        hidden = SwiGLU.apply(self.product(x, self.gate_up_proj, offsets))  # (P, F)
         return self.product(hidden, self.down_proj, offsets)
 
     def hidden_units(self) -> dict[str, Tensor]:
@@ -241,12 +276,12 @@ class SharedExperts(nn.Module):
 
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.gate_up_proj.stacked = 2  # projections, each initialised on its own
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(SwiGLU.apply(self.gate_up_proj(x)))
 
 
 class MoE(nn.Module):
@@ -273,16 +308,19 @@ class MoE(nn.Module):
         self.gate = Router(hidden_size, num_experts, top_k, normalize, scaling_factor)
         self.experts = EXPERTS[expert_mlp](hidden_size, width, num_experts)
         self.shared_experts = SharedExperts(hidden_size, shared_width) if shared_width else None
+        self.parallel = None  # an `ExpertParallel`, where `experts` holds a part of them only
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:  # (..., D) -> (..., D)
         tokens = x.flatten(0, -2)  # (T, D)
         routing = self.gate(tokens)
         tokens = tokens.to(compute_dtype(next(self.experts.parameters())))
 
-        places = torch.arange(routing.order.numel(), device=x.device)
-        inverse = torch.empty_like(routing.order).scatter_(0, routing.order, places)  # assignment -> its place
-        y = Dispatch.apply(tokens, routing.order, inverse, self.gate.top_k)  # (P, D)
-        y = self.experts(y, routing.offsets)
+        inverse = inverse_permutation(routing.order)  # assignment -> its place
+        y = Dispatch.apply(tokens, inverse, self.gate.top_k)  # (P, D)
+        if self.parallel is None:
+            y = self.experts(y, routing.offsets)
+        else:
+            y = self.parallel(self.experts, y, routing.tokens_per_expert)
         out = Combine.apply(y, routing.weights, routing.order, inverse)  # (T, D)
 
         if self.shared_experts is not None:

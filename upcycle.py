@@ -295,8 +295,8 @@ def upcycle(source: DiT, recipe: Recipe, generator: torch.Generator) -> DiT:
         moe.gate.weight.copy_(rows.repeat_interleave(recipe.split, dim=0))
         replicate(mlp_of(source.blocks[index]), moe.experts)
         if recipe.shared_expert:
-            for projection in (moe.shared_experts.gate_proj, moe.shared_experts.up_proj):
-                nn.init.xavier_uniform_(projection.weight, generator=generator)
+            for projection in moe.shared_experts.gate_up_proj.weight.chunk(2):
+                nn.init.xavier_uniform_(projection, generator=generator)
             nn.init.zeros_(moe.shared_experts.down_proj.weight)
 
     wanted = {name for name in model.state_dict() if ".moe.gate." not in name and ".moe.experts." not in name}

@@ -1,6 +1,6 @@
 """How fast is training data read? Shards of moments, in batches or item by item, against one .npy file per image.
 
-    python -m benchmarks.data --output results/data.json
+    python -m benchmarks.data
 
 Random latents of 256-pixel images in a temporary folder, read in random order by one process. The ways take turns, so
 that what else the machine does hits all alike; medians over the rounds. Three questions:
@@ -11,7 +11,6 @@ that what else the machine does hits all alike; medians over the rounds. Three q
 """
 
 import copy
-import json
 import os
 import statistics
 import tempfile
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 import cli
+from benchmarks import harness
 from data import BatchSchedule
 from files import digest
 from latents import FORMAT, LatentFiles, LatentShards, shard_path, write_manifest
@@ -162,7 +162,9 @@ def measure(ways: Ways, batches: list, rounds: int) -> dict[str, dict[str, float
 
 
 def main(args) -> None:
-    torch.set_num_threads(1)
+    device = harness.start(args)
+    if args.quick:
+        args.images, args.shard_size, args.batch_size, args.batches = 64, 16, 16, 2
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         ways = Ways(Path(folder), args.images, args.shard_size)
         stream = BatchSchedule(args.images, args.batch_size, 1, 0, 1, seed=0).micro_batches(0)
@@ -170,28 +172,21 @@ def main(args) -> None:
         ways.check(batches[0])
         rates = measure(ways, batches, args.rounds)
 
+    tables = {}
     for kind, rate in rates.items():
         best = rate["shards, batched"]
-        print(f"| {kind} | times slower than shards, batched | images/s |\n|---|---|---|")
-        for name, value in rate.items():
-            print(f"| {name} | {best / value:.1f} | {value:,.0f} |")
-        print()
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        settings = {key: getattr(args, key) for key in ("images", "shard_size", "batch_size", "batches", "rounds")}
-        record = {"images_per_second": rates, "latent_shape": SHAPE, **settings}
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        slower = "times slower than shards, batched"
+        tables[kind] = [{slower: best / value, "way": way, "images/s": value} for way, value in rate.items()]
+    harness.report(args, device, tables, goals=[], latent_shape=SHAPE)
 
 
 def get_parser() -> cli.Parser:
-    parser = cli.Parser(prog="benchmarks.data", description=__doc__.partition("\n")[0])
+    parser = harness.get_parser("data", __doc__)
     parser.add_argument("--images", type=cli.positive_int, default=8192, help="samples in the data set")
     parser.add_argument("--shard-size", type=cli.positive_int, default=1024, help="of them in a shard")
     parser.add_argument("--batch-size", type=cli.positive_int, default=256, help="samples read at once")
     parser.add_argument("--batches", type=cli.positive_int, default=8, help="that each way reads in a round")
-    parser.add_argument("--rounds", type=cli.positive_int, default=11, help="the medians are over")
     parser.add_argument("--folder", type=Path, help="where to make the temporary folder")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     return parser
 
 

@@ -14,19 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 import cli
-from diffusion import RectifiedFlow
+from benchmarks.digits_runs import MODEL, Point, train
 from models import DiT, build_config, count_parameters
-from moe import load_balancing_loss
-from optim import EMA, build_optimizer, lr_factor
-from scripts.digits import Digits, split_digits
+from scripts.digits import split_digits
 from upcycle import Recipe, break_symmetry, upcycle
 
-MODEL = dict(input_size=8, in_channels=3, num_classes=10)
-OBJECTIVE = RectifiedFlow(shift=2.0)
-BATCH, LR, WARMUP, EMA_DECAY, ALPHA = 64, 4e-3, 20, 0.99, 0.005
 SHAPE = dict(num_experts=8, num_experts_per_tok=2)
 
 VARIANTS: dict[str, Recipe | str] = {  # what the second phase starts from
@@ -71,14 +65,14 @@ def main(args) -> None:
     for seed in range(args.seeds):
         torch.manual_seed(seed)
         dense = DiT(build_config("DiT-Nano/2", **MODEL))
-        curves["dense"].append(train(dense, training, held_out, seed, 0, args.dense_steps, args.eval_every))
+        curves["dense"].append(curve(train(dense, training, held_out, seed, 0, args.dense_steps, args.eval_every)))
         for name, start in VARIANTS.items():
             model = build(start, dense, seed)
             parameters[name] = count_parameters(model)
             # From scratch: as many steps as the dense model and its successors together, on the same batches.
             first = 0 if start == "scratch" else args.dense_steps
             last = args.dense_steps + args.steps
-            curves[name].append(train(model, training, held_out, seed, first, last, args.eval_every))
+            curves[name].append(curve(train(model, training, held_out, seed, first, last, args.eval_every)))
             print(f"seed {seed}  {name:<24} {curves[name][-1][-1][1]:.4f}  {time.perf_counter() - began:4.0f} s")
     settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -107,57 +101,14 @@ def build(start: Recipe | str, dense: DiT, seed: int) -> DiT:
     return model
 
 
-def train(
-    model: DiT, digits: Digits, held_out: Digits, seed: int, first: int, last: int, eval_every: int
-) -> list[tuple[int, float]]:
-    """Train in place from step `first` to `last`; leaves the averaged weights in the model. Returns the curve."""
-    images, labels = tensors(digits)
-    optimizer, ema = build_optimizer(model, LR, weight_decay=0.0), EMA(model, EMA_DECAY)
-    curve = [(first, held_out_loss(model, held_out))]
-    for step in range(first, last):
-        draw = torch.Generator().manual_seed(1_000_000 * seed + step)
-        chosen = torch.randint(len(images), (BATCH,), generator=draw)
-        noise = torch.randn(BATCH, *images.shape[1:], generator=draw)
-        u, drop = torch.rand(2, BATCH, generator=draw)
-        batch = OBJECTIVE.noised(images[chosen], noise, u)
-        y = torch.where(drop < model.config.class_dropout_prob, model.config.null_class, labels[chosen])
-
-        output, routings = model(batch.x_t, batch.t, y, return_routing=True)
-        loss = OBJECTIVE.loss(output, batch)["loss"].mean()
-        if routings:
-            loss = loss + ALPHA * load_balancing_loss(routings).sum()
-        for group in optimizer.param_groups:
-            group["lr"] = LR * lr_factor(step - first, "constant", WARMUP, last - first)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        ema.update(model)
-        if (step + 1 - first) % eval_every == 0 or step + 1 == last:
-            with ema.swapped_into(model):
-                curve.append((step + 1, held_out_loss(model, held_out)))
-    model.load_state_dict(ema.average, strict=False)  # all but the fixed position embedding
-    return curve
-
-
-@torch.no_grad()
-def held_out_loss(model: DiT, digits: Digits, draws: int = 2) -> float:
-    """Mean loss over every image `draws` times, at fixed noises and evenly spread times."""
-    images, labels = (part.repeat(draws, *[1] * (part.ndim - 1)) for part in tensors(digits))
-    generator = torch.Generator().manual_seed(0)
-    u = (torch.randperm(len(images), generator=generator) + 0.5) / len(images)
-    batch = OBJECTIVE.noised(images, torch.randn(images.shape, generator=generator), u)
-    return OBJECTIVE.loss(model(batch.x_t, batch.t, labels), batch)["loss"].mean().item()
-
-
-def tensors(digits: Digits) -> tuple[Tensor, Tensor]:
-    """(N, 3, 8, 8) in -1..1, as the pixels of `--vae-path none`, and labels (N,)."""
-    images = torch.from_numpy(digits.images).float() / 127.5 - 1
-    return images[:, None].expand(-1, 3, -1, -1), torch.from_numpy(digits.labels)
-
-
 # --------------------------------------------------------------------------------------------------------------- report
 
 Curves = list[list[tuple[int, float]]]  # per seed
+
+
+def curve(points: list[Point]) -> list[tuple[int, float]]:
+    """(step, mean held-out loss)"""
+    return [(point.step, point.losses.mean().item()) for point in points]
 
 
 def losses_at(curves: Curves, step: int) -> np.ndarray:

@@ -163,3 +163,15 @@ def test_one_curve_at_any_number(images):
     for name, weight in tensors(whole, "ema", 8).items():
         torch.testing.assert_close(tensors(dealt, "ema", 8)[name], weight, rtol=0, atol=2e-5)
     assert (dealt / "samples" / "0000008.png").is_file()
+
+
+@pytest.mark.slow
+def test_compiled(images):
+    """What is sharded apart within a block, and tokens on their way, are left out of its graph."""
+    flags = [*TINY, "--data-path", images, "--global-batch-size", 8, "--log-every", 1, "--max-steps", 1]
+    flags += ["--results-dir", images.parent / "results", "--precision", "bf16"]
+    script("train.py", *flags)
+    script("train.py", *flags, "--data-parallel", "fsdp", "--expert-parallel", 2, "--compile", processes=2)
+    plain, compiled = (metrics(run)[0] for run in sorted((images.parent / "results").iterdir()))
+    assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+    assert compiled["grad_norm"] == pytest.approx(plain["grad_norm"], rel=2e-2)

@@ -43,8 +43,8 @@ def per_token(moe: MoE, x: torch.Tensor) -> torch.Tensor:
             out = out + weight * one_expert(moe.experts, expert, token)
         if moe.shared_experts is not None:
             s = moe.shared_experts
-            hidden = F.silu(s.gate_proj.weight @ token) * (s.up_proj.weight @ token)
-            out = out + s.down_proj.weight @ hidden
+            gate, up = (s.gate_up_proj.weight @ token).chunk(2)
+            out = out + s.down_proj.weight @ (F.silu(gate) * up)
         outputs.append(out)
     return torch.stack(outputs).view(x.shape)
 

@@ -1,0 +1,438 @@
+"""Mechanism checks on the digits: what experts, the balance loss, the objective, samplers and the place of experts do.
+
+    python -m benchmarks.evidence                        # every experiment, 3 seeds: an hour of one CPU core
+    python -m benchmarks.evidence experts balance        # some; `--help` lists them
+
+A run (a row of `SETUPS`, with a seed) is kept in results/evidence/, so a killed command, given again, goes on where it
+was, and tables and pictures are made again without training. Writes benchmarks/evidence_<experiment>.png.
+"""
+
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import cli
+from analysis.plan import flops, parameter_counts, tokens_per_image
+from benchmarks.digits_runs import ALPHA, BATCH, FLOW, MODEL, train
+from data import load_space
+from diffusion import GaussianDiffusion, RectifiedFlow
+from files import replacing
+from metrics import Judge, Moments, frechet_distance, pixel_features
+from models import DiT, DiTConfig, build_config
+from sampling import Settings, generate
+from scripts.digits import Digits, split_digits
+
+# The published proportions of routed to shared width, at 1/4 of the widths; blocks without experts are as dear.
+BASE = dict(
+    depth=4,
+    mlp_ratio=3.75,
+    num_experts=8,
+    num_experts_per_tok=2,
+    expert_ratio=1.0,
+    num_shared_experts=1,
+    shared_expert_ratio=0.5,
+)
+EVALUATIONS = (5, 10, 25, 50, 250)  # of the network; Heun's steps cost two, its last one
+SWEEP_IMAGES = 200
+JUDGED = {"euler 25": 600}  # the samples by which networks are compared: "sampler steps" -> images
+
+
+def steps_for(sampler: str, evaluations: int) -> int:
+    return (evaluations + 1) // 2 if sampler == "heun" else evaluations
+
+
+def sweep(objective) -> dict[str, int]:
+    """What `Setup.samples` is where every sampler of an objective is compared."""
+    return {f"{name} {steps_for(name, n)}": SWEEP_IMAGES for name in objective.samplers for n in EVALUATIONS}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run does; the defaults are 8 experts trained with rectified flow."""
+
+    model: dict = field(default_factory=dict)  # over BASE
+    objective: RectifiedFlow | GaussianDiffusion = FLOW
+    alpha: float = ALPHA
+    loss_scale: float | None = None
+    accumulation: int = 1
+    part: float = 1.0  # of the steps
+    samples: dict[str, int] = field(default_factory=lambda: JUDGED)  # "sampler steps" -> images
+
+    @property
+    def config(self) -> DiTConfig:
+        return build_config("DiT-Nano/2", **(MODEL | BASE | self.model))
+
+
+ROUTING = dict(part=0.5, samples={})  # the load of experts settles early
+SETUPS = {
+    "8 experts": Setup(samples=sweep(FLOW) | JUDGED),
+    "dense": Setup(dict(num_experts=0)),
+    "1 expert": Setup(dict(num_experts=1, num_experts_per_tok=1, expert_ratio=2.0)),
+    "4 experts": Setup(dict(num_experts=4)),
+    "16 experts": Setup(dict(num_experts=16)),
+    "8 experts, normalized": Setup(dict(norm_topk_prob=True)),  # weights of a token's experts sum to 1
+    "alpha 0": Setup(alpha=0.0, **ROUTING),
+    "alpha 0.01": Setup(alpha=0.01, **ROUTING),
+    "alpha 0.05": Setup(alpha=0.05, **ROUTING),
+    "scaled by 2^16": Setup(loss_scale=2.0**16, **ROUTING),
+    "2 micro-batches": Setup(accumulation=2, **ROUTING),
+    "DDPM, linear, eps": Setup(objective=GaussianDiffusion(), samples=sweep(GaussianDiffusion)),
+    "DDPM, cosine, v": Setup(
+        objective=GaussianDiffusion(schedule="cosine", prediction="v"), samples=sweep(GaussianDiffusion)
+    ),
+    "no shared expert": Setup(dict(num_shared_experts=0, expert_ratio=1.25)),
+    "deep half": Setup(dict(moe_layers="deep-half")),
+    "shallow half": Setup(dict(moe_layers="shallow-half")),
+    "every second": Setup(dict(moe_layers="every-2")),
+}
+EXPERIMENTS = {
+    "experts": ("dense", "1 expert", "4 experts", "8 experts", "16 experts", "8 experts, normalized"),
+    "balance": ("alpha 0", "8 experts", "alpha 0.01", "alpha 0.05", "scaled by 2^16", "2 micro-batches"),
+    "samplers": ("8 experts", "DDPM, linear, eps", "DDPM, cosine, v"),
+    "places": ("8 experts", "no shared expert", "deep half", "shallow half", "every second", "dense"),
+}
+
+
+def get_parser() -> cli.Parser:
+    parser = cli.Parser(prog="python -m benchmarks.evidence", description=__doc__.partition("\n")[0])
+    parser.add_argument("experiments", nargs="*", metavar="experiment", help=f"of {', '.join(EXPERIMENTS)}; none: all")
+    parser.add_argument("--seeds", type=cli.positive_int, default=3, help="runs of everything")
+    parser.add_argument("--steps", type=cli.positive_int, default=800, help="of each run")
+    parser.add_argument("--eval-every", type=cli.positive_int, default=50, help="steps between points of a curve")
+    parser.add_argument("--runs", type=Path, default=Path("results/evidence"), help="folder of finished runs")
+    parser.add_argument("--pictures", type=Path, default=Path("benchmarks"), help="folder of evidence_*.png")
+    return parser
+
+
+def main(args) -> None:
+    torch.set_num_threads(1)
+    chosen = args.experiments or list(EXPERIMENTS)
+    for name in chosen:
+        if name not in EXPERIMENTS:
+            raise cli.unknown_name("experiment", name, EXPERIMENTS)
+    names = list(dict.fromkeys(name for experiment in chosen for name in EXPERIMENTS[experiment]))
+    runs = {name: [] for name in names}
+    for seed in range(args.seeds):
+        for name in names:
+            runs[name].append(cached_run(name, seed, args))
+    scorer = Scorer()
+    for experiment in chosen:
+        table, figure = REPORTS[experiment]({name: runs[name] for name in EXPERIMENTS[experiment]}, scorer)
+        with replacing(args.pictures / f"evidence_{experiment}.png") as file:
+            figure.savefig(file, format="png", dpi=150)
+        print(f"\n{experiment}\n\n{table}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+Run = dict[str, np.ndarray]
+Runs = dict[str, list[Run]]  # setup -> per seed
+
+
+def cached_run(name: str, seed: int, args) -> Run:
+    """The run of `--runs`, trained now if it is not there, or was made with other settings.
+
+    Arrays of the curve's P points: steps (P,), seconds (P,), losses (P, N), load (P, L, E); and images (n, 8, 8, 3)
+    uint8 for each "sampler steps".
+    """
+    setup = SETUPS[name]
+    settings = vars(setup) | {"model": setup.config.to_dict(), "objective": setup.objective.config()}
+    steps = round(setup.part * args.steps)
+    settings = json.dumps(settings | {"steps": steps, "eval_every": args.eval_every})
+    path = args.runs / f"{name.replace(',', '').replace(' ', '-')}-{seed}.npz"
+    if path.is_file():
+        with np.load(path) as file:
+            if file["settings"].item() == settings:
+                return dict(file)
+    arrays = run(setup, seed, steps, args.eval_every)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        np.savez_compressed(file, settings=settings, **arrays)
+    print(f"seed {seed}  {name:<18} loss {arrays['losses'][-1].mean():.4f}  {arrays['seconds'][-1]:.0f} s of training")
+    return arrays
+
+
+def run(setup: Setup, seed: int, steps: int, eval_every: int) -> Run:
+    training, held_out = split_digits()
+    torch.manual_seed(seed)
+    model = DiT(setup.config)
+    options = dict(objective=setup.objective, alpha=setup.alpha, draws=1)
+    options |= dict(loss_scale=setup.loss_scale, accumulation=setup.accumulation)
+    points = train(model, training, held_out, seed, 0, steps, eval_every, **options)
+    arrays = {
+        "steps": np.array([point.step for point in points]),
+        "seconds": np.array([point.seconds for point in points]),
+        "losses": np.stack([point.losses.numpy() for point in points]),
+        "load": np.stack([point.load.numpy() for point in points]),
+    }
+    for name, count in setup.samples.items():
+        sampler, steps = name.split()
+        arrays[name] = sample(model, setup.objective, Settings(steps, sampler, seed=seed), count)
+    return arrays
+
+
+def sample(model: DiT, objective, settings: Settings, count: int) -> np.ndarray:
+    """(count, 8, 8, 3) uint8, of the labels 0, 1, ..., 9, 0, ...; without guidance."""
+    labels = [index % model.config.num_classes for index in range(count)]
+    return np.concatenate(list(generate(model, objective, load_space("none"), labels, settings, batch_size=150)))
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+class Interval(NamedTuple):
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+def interval(values: np.ndarray) -> Interval:
+    """The mean and its 95 % percentile bootstrap interval.
+
+    `values` are (S, N), what each of S seeds got on each of N images, or (S, 1), where a seed has one number. Seeds and
+    images are both drawn with replacement. Of few seeds such an interval is too narrow.
+    """
+    seeds, images = (resampled(count, axis) for axis, count in enumerate(values.shape))
+    means = ((seeds @ values.astype(float)) * images).sum(axis=1)
+    return Interval(values.mean(), *np.quantile(means, [0.025, 0.975]))
+
+
+@functools.cache
+def resampled(count: int, seed: int, draws: int = 2000) -> np.ndarray:
+    """(draws, count) the weight of each of `count` things in each draw of as many with replacement."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws) / count
+
+
+class Scorer:
+    """Judges samples of the labels 0, 1, ..., 9, 0, ... by the digits that no network has learned from."""
+
+    def __init__(self):
+        training, held_out = split_digits()
+        images = as_rgb(held_out)
+        self.judge, self.reference = Judge(images, held_out.labels), moments(images)
+        self.real = as_rgb(training)  # what a perfect network would draw like
+
+    def recognised(self, images: np.ndarray) -> np.ndarray:
+        """(N,) bool"""
+        return self.judge.recognises(images, np.arange(len(images)) % 10)
+
+    def distance(self, images: np.ndarray) -> float:
+        """Frechet distance of pixels in 0..1 to the held-out digits'."""
+        mine = moments(images)
+        return frechet_distance(mine.mean, mine.covariance, self.reference.mean, self.reference.covariance)
+
+
+def as_rgb(digits: Digits) -> np.ndarray:
+    """(N, 8, 8, 3) uint8"""
+    return np.repeat(digits.images[..., None], 3, axis=3)
+
+
+def moments(images: np.ndarray) -> Moments:
+    found = Moments()
+    found.update(pixel_features(images))
+    return found
+
+
+def stacked(runs: list[Run], key: str) -> np.ndarray:
+    """(S, ...) of the runs of S seeds."""
+    return np.stack([run[key] for run in runs])
+
+
+def load_cv(runs: list[Run]) -> np.ndarray:
+    """(S, P) coefficient of variation of what the experts of a layer get, mean over layers."""
+    load = stacked(runs, "load")  # (S, P, L, E)
+    return (load.std(axis=3) / load.mean(axis=3)).mean(axis=2)
+
+
+def dead_experts(runs: list[Run]) -> np.ndarray:
+    """(S, P) experts, over all layers, that get less than 1 % of an even share."""
+    load = stacked(runs, "load")
+    return (load < 0.01 * load.mean(axis=3, keepdims=True)).sum(axis=(2, 3))
+
+
+# -------------------------------------------------------------------------------------------------------------- reports
+
+LOSSES = (0.3, 0.4, 0.6, 1.0, 1.6)  # named on logarithmic axes
+DISTANCES = (1, 1.5, 2, 3, 4, 5)
+COLORS = ("black", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by all eyes
+
+
+def report_experts(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
+    figure = Figure(figsize=(10, 7.6), layout="constrained")
+    (over_steps, over_flops), (over_time, difference) = figure.subplots(2, 2)
+    for (name, mine), color in zip(runs.items(), COLORS, strict=False):
+        steps, losses = mine[0]["steps"], stacked(mine, "losses")  # (P,), (S, P, N)
+        per_seed = losses.mean(axis=2, keepdims=True)
+        teraflops = steps * BATCH * flops(SETUPS[name].config).training / 1e12
+        seconds = stacked(mine, "seconds").mean(axis=0)
+        for axes, x in ((over_steps, steps), (over_flops, teraflops), (over_time, seconds)):
+            band(axes, x, per_seed, name, color)
+        band(difference, steps, losses - stacked(runs["dense"], "losses"), name, color)
+    over_steps.set(xlabel="training step", ylabel="held-out loss")
+    over_flops.set(xlabel="training compute (TFLOP)", ylabel="held-out loss")
+    over_time.set(xlabel="training time (CPU seconds of one core)", ylabel="held-out loss")
+    difference.set(xlabel="training step", ylabel="held-out loss, less that of the dense DiT")
+    for axes in (over_steps, over_flops, over_time):
+        axes.set_yscale("log")
+        axes.set_yticks(LOSSES, labels=map(str, LOSSES))
+        axes.minorticks_off()
+    finish(figure, over_steps)
+    return comparison(runs, "dense", scorer), figure
+
+
+def report_places(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    over_steps, final = figure.subplots(1, 2)
+    baseline = runs["8 experts"]
+    for place, ((name, mine), color) in enumerate(zip(runs.items(), COLORS, strict=False)):
+        difference = stacked(mine, "losses") - stacked(baseline, "losses")
+        half = len(mine[0]["steps"]) // 2  # before, seeds differ more than places
+        band(over_steps, mine[0]["steps"][half:], difference[:, half:], name, color)
+        distances = distance(mine, scorer) - distance(baseline, scorer)
+        mean, low, high = interval(distances)
+        final.plot([low, high], [place, place], color=color)
+        final.plot(distances[:, 0], [place] * len(distances), "o", color=color, markersize=4, alpha=0.5)
+        final.plot(mean, place, "D", color=color)
+    over_steps.set(xlabel="training step", ylabel="held-out loss, less that of 8 experts")
+    final.set(xlabel="Fréchet distance of samples, less that of 8 experts")
+    final.locator_params(axis="x", nbins=6)
+    final.set_yticks(range(len(runs)), labels=runs)
+    final.axvline(0, color="0.7", linewidth=0.8, zorder=0)
+    final.invert_yaxis()
+    finish(figure, over_steps)
+    return comparison(runs, "8 experts", scorer), figure
+
+
+def report_balance(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    cv, dead, difference = figure.subplots(1, 3)
+    steps = runs["alpha 0"][0]["steps"]  # 8 experts went on, for the other experiments
+    points = len(steps)
+    baseline = stacked(runs["8 experts"], "losses")[:, :points]
+    rows = []
+    for (name, mine), color in zip(runs.items(), COLORS, strict=True):
+        setup, losses = SETUPS[name], stacked(mine, "losses")[:, :points]
+        label = f"α = {setup.alpha:g}" + (f", {name}" if setup.loss_scale or setup.accumulation > 1 else "")
+        style = dict(linestyle="--" if setup.loss_scale else ":" if setup.accumulation > 1 else "-")
+        loads, deads = load_cv(mine)[:, :points, None], dead_experts(mine)[:, :points, None]
+        for axes, values in ((cv, loads), (dead, deads), (difference, losses - baseline)):
+            band(axes, steps, values, label, color, **style)
+        ends = [interval(loads[:, -1]), f"{deads[:, -1].mean():.1f}", f"{losses[:, -1].mean():.4f}"]
+        against = interval((losses - baseline)[:, -1]), f"{np.abs(losses - baseline).max():.1e}"
+        rows.append([label, *ends, *(against if mine is not runs["8 experts"] else ("", ""))])
+    experts = runs["8 experts"][0]["load"][0].size
+    cv.set(xlabel="training step", ylabel="coefficient of variation of load")
+    dead.set(xlabel="training step", ylabel=f"dead experts, of {experts}")
+    difference.set(xlabel="training step", ylabel="held-out loss, less that of α = 0.005")
+    finish(figure, cv)
+    header = ["run", "load CV", f"dead experts of {experts}", "loss", "less α = 0.005", "largest difference"]
+    return markdown(header, rows), figure
+
+
+def report_samplers(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    distances, shares = figure.subplots(1, 2)
+    rows = []
+    for (name, mine), color in zip(runs.items(), COLORS, strict=False):
+        objective = SETUPS[name].objective
+        for sampler, line, marker in zip(objective.samplers, ("-", "--", ":"), "os^", strict=True):
+            label = f"{'flow' if objective is FLOW else name}, {sampler}"
+            style = dict(color=color, linestyle=line, marker=marker, markersize=4)
+            drawn = [[run[f"{sampler} {steps_for(sampler, n)}"][:SWEEP_IMAGES] for run in mine] for n in EVALUATIONS]
+            evaluations = [2 * steps_for(sampler, n) - 1 if sampler == "heun" else n for n in EVALUATIONS]
+            far = [interval(np.array([[scorer.distance(images)] for images in each])) for each in drawn]
+            right = [interval(np.stack([scorer.recognised(images) for images in each])) for each in drawn]
+            for axes, points in ((distances, far), (shares, right)):
+                mean, low, high = np.array(points).T
+                axes.plot(evaluations, mean, label=label, **style)
+                axes.fill_between(evaluations, low, high, color=color, alpha=0.15, linewidth=0)
+            rows.append([label, *(f"{a.mean:.2f} · {b.mean:.1%}" for a, b in zip(far, right, strict=True))])
+    real = scorer.distance(scorer.real[:SWEEP_IMAGES])
+    distances.axhline(real, color="0.5", linewidth=0.8, linestyle=":", label=f"{SWEEP_IMAGES} real digits")
+    distances.set(xlabel="network evaluations", ylabel="Fréchet distance to held-out digits", yscale="log")
+    shares.set(xlabel="network evaluations", ylabel="share recognised as the digit asked for")
+    distances.set_yticks(DISTANCES, labels=map(str, DISTANCES))
+    for axes in (distances, shares):
+        axes.set_xscale("log")
+        axes.set_xticks(EVALUATIONS, labels=map(str, EVALUATIONS))
+        axes.minorticks_off()
+    finish(figure, distances)
+    rows.append([f"{SWEEP_IMAGES} real digits", *[f"{real:.2f}"] * len(EVALUATIONS)])
+    return markdown(["objective, sampler", *(f"{n} evaluations" for n in EVALUATIONS)], rows), figure
+
+
+REPORTS = {
+    "experts": report_experts,
+    "balance": report_balance,
+    "samplers": report_samplers,
+    "places": report_places,
+}
+
+# -------------------------------------------------------------------------------------------------- tables and pictures
+
+
+def comparison(runs: Runs, baseline: str, scorer: Scorer) -> str:
+    """Networks by what they cost, their loss and their samples."""
+    rows = []
+    losses = {name: stacked(mine, "losses")[:, -1] for name, mine in runs.items()}
+    far = {name: distance(mine, scorer) for name, mine in runs.items()}
+    for name, mine in runs.items():
+        config = SETUPS[name].config
+        counts, per_token = parameter_counts(config), flops(config).forward / tokens_per_image(config)
+        seconds = np.median(stacked(mine, "seconds")[:, -1]) / mine[0]["steps"][-1]
+        right = np.stack([scorer.recognised(images) for images in judged(mine)])
+        row = [name, f"{counts.total / 1e6:.2f} M ({counts.activated / 1e6:.2f} M)", f"{per_token / 1e6:.3f}"]
+        row += [f"{1000 * seconds:.0f} ms", f"{losses[name].mean():.4f}", versus(losses, name, baseline)]
+        rows.append([*row, f"{right.mean():.1%}", f"{far[name].mean():.3f}", versus(far, name, baseline)])
+    (images,) = JUDGED.values()
+    rows.append([f"{images} real digits", *[""] * 6, f"{scorer.distance(scorer.real[:images]):.3f}", ""])
+    header = ["run", "parameters (activated)", "MFLOP a token", "CPU a step", "loss", f"less {baseline}", "recognised"]
+    return markdown([*header, "Fréchet distance", f"less {baseline}"], rows)
+
+
+def versus(values: dict[str, np.ndarray], name: str, baseline: str) -> Interval | str:
+    """The paired difference of (S, N) each."""
+    return interval(values[name] - values[baseline]) if name != baseline else ""
+
+
+def judged(runs: list[Run]) -> list[np.ndarray]:
+    """The samples by which networks are compared, of each seed."""
+    (name,) = JUDGED
+    return [run[name] for run in runs]
+
+
+def distance(runs: list[Run], scorer: Scorer) -> np.ndarray:
+    """(S, 1)"""
+    return np.array([[scorer.distance(images)] for images in judged(runs)])
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def band(axes, x: np.ndarray, values: np.ndarray, label: str, color: str, **style) -> None:
+    """The mean of values (S, P, N) over x (P,), in its 95 % interval."""
+    mean, low, high = np.array([interval(values[:, point]) for point in range(len(x))]).T
+    axes.plot(x, mean, label=label, color=color, linewidth=1.6, **style)
+    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def finish(figure: Figure, legend_of) -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*legend_of.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+
+
+if __name__ == "__main__":
+    cli.run(main, get_parser())

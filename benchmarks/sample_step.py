@@ -1,0 +1,153 @@
+"""How fast is a guided sampling step: against the naive expert loop, and against the machine's limit?
+
+    python -m benchmarks.sample_step
+
+One Euler step of rectified flow with guidance: the network on twice the batch, weights in the precision of products.
+The limit is arithmetic (see benchmarks.train_step). "CUDA graph" is `sampling.captured`.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import cli
+import sampling
+from benchmarks import harness
+from benchmarks.harness import Goal, Rates
+from benchmarks.naive import naive_model
+from diffusion import classifier_free_guidance
+from models import DiT, build_config
+
+STEPS = 50  # of an image, for images/s
+SCALE = 1.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how many images are drawn at once; the network sees twice as many."""
+
+    model: str
+    experts: int
+    images: int
+    naive: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.experts} experts, {self.images} images"
+
+
+GPU_CASES = (
+    Case("S", 8, 128),
+    Case("XL", 8, 32),
+    Case("B", 8, 64),
+    Case("G", 8, 16, naive=False),
+    Case("XL", 8, 4),
+    Case("S", 8, 4),
+    Case("XL", 16, 32, naive=False),
+    Case("G", 16, 16, naive=False),
+)
+CPU_CASES = (Case("S", 8, 2), Case("S", 8, 1))
+QUICK_CASES = (Case("Nano", 8, 1),)
+
+
+def get_parser() -> cli.Parser:
+    parser = harness.get_parser("sample_step", __doc__)
+    parser.add_argument("--seconds", type=cli.number_in(1, 1e6), default=120, help="begin no case after so long")
+    parser.add_argument("--precision", choices=sampling.PRECISIONS, help="bf16 on a GPU, else fp32")
+    parser.add_switch(parser, "--compile", None, "measure compiled networks too (default: on a GPU)")
+    parser.add_switch(parser, "--cuda-graph", True, "measure CUDA graphs, on a GPU")
+    return parser
+
+
+@torch.no_grad()
+def main(args) -> None:
+    device = harness.start(args)
+    cuda = device.type == "cuda"
+    dtype = sampling.set_precision(sampling.choose_precision(args.precision, device))
+    rates = harness.measured_rates(device, dtype, args.quick)
+    limit = harness.TimeLimit(args.seconds)
+    compiles = cuda if args.compile is None else args.compile
+
+    rows = []
+    for case in QUICK_CASES if args.quick else GPU_CASES if cuda else CPU_CASES:
+        if limit.allows(str(case)):
+            rows += case_rows(case, device, dtype, rates, args.rounds, compiles, cuda and args.cuda_graph)
+    tables = {"guided sampling step": rows}
+    harness.report(args, device, tables, goals(rows, cuda), rates=vars(rates), left_out=limit.left_out)
+
+
+def case_rows(
+    case: Case, device, dtype: torch.dtype, rates: Rates, rounds: int, compiles: bool, graphs: bool
+) -> list[dict]:
+    """Check the ways of a case, then time them."""
+    model = harness.random_model(build_config(f"DiT-{case.model}/2", num_experts=case.experts), device)
+    model = model.to(dtype).eval()
+    x, _, labels = harness.random_inputs(model.config, case.images, device)
+    networks = {"naive": naive_model(model)} if case.naive else {}
+    networks["ours"] = model
+    if graphs:
+        networks["ours, CUDA graph"] = sampling.captured(model)
+    if compiles:
+        compiled = shared_copy(model)
+        compiled.compile_blocks()
+        networks["ours, compiled"] = compiled
+        if graphs:
+            networks["ours, compiled, CUDA graph"] = sampling.captured(compiled)
+    steps = {way: euler_step(network, model.config, x, labels) for way, network in networks.items()}
+
+    with harness.experts_by(model, "loop"):
+        expected = {"x": steps["ours"]()}
+    harness.check(expected, {way: {"x": step()} for way, step in steps.items()}, harness.tolerance(dtype, True))
+    times = harness.measure(steps, device, rounds)
+
+    least = 2 * case.images * harness.forward_limit(model.config, dtype, rates)
+    return [
+        {
+            "over naive": times.ratio(way, "naive") if case.naive else None,
+            "share of limit": least / times.median(way),
+            "way": way,
+            "model": case.model,
+            "experts": case.experts,
+            "images": case.images,
+            f"images/s, {STEPS} steps": case.images / times.median(way) / STEPS,
+            "limit, images/s": case.images / least / STEPS,
+            "ms": times.median(way) * 1e3,
+        }
+        for way in steps
+    ]
+
+
+def shared_copy(model: DiT) -> DiT:
+    """A model of its own on the same weights."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def euler_step(network: Callable, config, x: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    """From time 0.7 to 0.6; the velocity is the first half of the channels."""
+    denoise = classifier_free_guidance(network, labels, config.null_class, SCALE)
+    return lambda: x - 0.1 * denoise(x, 0.7)[:, : x.shape[1]].float()
+
+
+def goals(rows: list[dict], cuda: bool) -> list[Goal]:
+    """Rows 4 and 6 of the table."""
+
+    def best(column: str, **wanted) -> float | None:
+        found = (row for row in rows if all(row[key] == value for key, value in wanted.items()))
+        return max((row[column] for row in found if "graph" in row["way"] or not cuda), default=None)
+
+    if not cuda:
+        over = best("over naive", model="S", way="ours")  # the worst, as here less is better
+        return [
+            Goal("4", "S, B, XL, G, 8 experts, CUDA graph: share of the limit", ">= 0.65"),
+            Goal("6", "CPU, S with 8 experts: guided step over naive", "<= 0.93", over, "left out"),
+        ]
+    what = "8 experts, CUDA graph: share of the limit"
+    shares = {name: best("share of limit", model=name, experts=8) for name in ("S", "B", "XL", "G")}
+    return [Goal("4", f"{name}, {what}", ">= 0.65", value, "left out") for name, value in shares.items()]
+
+
+if __name__ == "__main__":
+    cli.run(main, get_parser())

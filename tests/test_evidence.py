@@ -1,0 +1,112 @@
+"""The evidence benchmark: what must not change a run, equal activated compute, intervals, resuming, the whole chain."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from analysis.plan import flops
+from benchmarks import evidence
+from cli import UsageError
+from scripts.digits import Digits, split_digits
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The experiments as they are, on less data, with smaller networks and fewer samples."""
+    halves = tuple(Digits(*(part[:60] for part in half)) for half in split_digits())
+    monkeypatch.setattr(evidence, "split_digits", lambda: halves)
+    monkeypatch.setattr(evidence, "BASE", evidence.BASE | dict(hidden_size=32, num_heads=2))
+    monkeypatch.setattr(evidence, "EVALUATIONS", (3, 5))
+    monkeypatch.setattr(evidence, "SWEEP_IMAGES", 20)
+    monkeypatch.setattr(evidence, "JUDGED", {"euler 2": 30})
+    for name, setup in evidence.SETUPS.items():
+        samples = evidence.sweep(setup.objective) if len(setup.samples) > 1 else {}
+        samples |= evidence.JUDGED if "euler 25" in setup.samples else {}
+        monkeypatch.setitem(evidence.SETUPS, name, dataclasses.replace(setup, samples=samples))
+
+
+def arrays(name: str, steps: int = 6) -> dict[str, np.ndarray]:
+    """A short run without samples."""
+    return evidence.run(dataclasses.replace(evidence.SETUPS[name], samples={}), 0, steps, 3)
+
+
+def test_loss_scale_changes_nothing_and_accumulation_next_to_nothing(tiny):
+    plain, scaled, accumulated = (arrays(name) for name in ("8 experts", "scaled by 2^16", "2 micro-batches"))
+    assert np.array_equal(plain["losses"], scaled["losses"]) and np.array_equal(plain["load"], scaled["load"])
+    assert np.abs(plain["losses"] - accumulated["losses"]).max() < 0.02 * plain["losses"].mean()
+    assert not np.array_equal(plain["losses"], arrays("alpha 0.05")["losses"])  # it would show
+
+
+def test_a_run_repeats_itself_and_counts_every_token(tiny):
+    first, second = arrays("4 experts"), arrays("4 experts")
+    assert all(np.array_equal(first[key], second[key]) for key in ("steps", "losses", "load"))
+    assert first["steps"].tolist() == [0, 3, 6] and (np.diff(first["seconds"]) > 0).all()
+    assert first["load"].shape == (3, 4, 4) and (first["load"].sum(axis=2) == 60 * 16 * 2).all()
+
+
+def test_networks_cost_the_same_for_each_token():
+    configs = {name: setup.config for name, setup in evidence.SETUPS.items()}
+    costs = {name: flops(config).forward for name, config in configs.items()}
+    assert max(costs.values()) < 1.03 * min(costs.values())
+    routers = {name: 2 * 16 * 64 * config.num_experts * len(config.moe_indices) for name, config in configs.items()}
+    assert len({costs[name] - routers[name] for name in costs}) == 1, "but for the router they cost exactly the same"
+
+
+def test_interval_is_paired_and_counts_seeds():
+    rng = np.random.default_rng(0)
+    image, seed = rng.normal(size=900), rng.normal(size=(3, 1))
+    assert np.allclose(evidence.interval(0.5 + image - np.tile(image, (3, 1))), 0.5)  # pairing leaves no doubt
+    mean, low, high = evidence.interval(np.tile(image, (3, 1)))
+    assert low < mean < high and high - low == pytest.approx(2 * 1.96 / 30, rel=0.15)  # the standard error of 900
+    mean, low, high = evidence.interval(np.array([[1.0], [2.0], [6.0]]))
+    assert (mean, low, high) == (3.0, 1.0, 6.0)
+    assert np.ptp(evidence.interval(np.tile(seed, 900))[1:]) > 10 * np.ptp(evidence.interval(image[None] * 0.01)[1:])
+
+
+def test_scorer_knows_digits_from_noise():
+    scorer, noise = evidence.Scorer(), np.random.default_rng(0).integers(0, 256, (200, 8, 8, 3), dtype=np.uint8)
+    _, held_out = split_digits()
+    by_label = np.concatenate([np.flatnonzero(held_out.labels == label)[:20] for label in range(10)])
+    digits = evidence.as_rgb(held_out)[by_label.reshape(10, 20).T.ravel()]  # 0, 1, ..., 9, 0, ...
+    assert scorer.recognised(digits).mean() == 1 and scorer.recognised(digits[1:]).mean() < 0.2
+    assert scorer.distance(scorer.real) < 0.2 * scorer.distance(noise)
+    assert scorer.distance(evidence.as_rgb(held_out)) == pytest.approx(0, abs=1e-8)
+
+
+def test_dead_experts_and_load_of_known_counts():
+    load = np.zeros((2, 2, 4), np.int32)  # two points, two layers
+    load[0], load[1, 0], load[1, 1] = 100, (400, 0, 0, 0), (200, 200, 1, 0)
+    runs = [{"load": load}]
+    assert evidence.dead_experts(runs).tolist() == [[0, 5]]
+    cv = load[1, 1].std() / load[1, 1].mean()
+    assert np.allclose(evidence.load_cv(runs), [[0, (3**0.5 + cv) / 2]])
+
+
+@pytest.mark.slow
+def test_whole_chain_resumes_and_remakes_pictures(tiny, tmp_path, capsys, monkeypatch):
+    flags = ["--seeds", "1", "--steps", "4", "--eval-every", "2", "--runs", str(tmp_path / "runs")]
+    flags += ["--pictures", str(tmp_path)]
+    evidence.main(evidence.get_parser().parse_args(["experts", *flags]))
+    written = capsys.readouterr().out
+    assert written.count("of training") == 6 and "| 16 experts |" in written
+
+    (tmp_path / "runs" / "dense-0.npz").unlink()
+    evidence.main(evidence.get_parser().parse_args(flags))
+    again = capsys.readouterr().out
+    assert again.count("of training") == 1 + 11  # what was missing, and the runs of the other experiments
+    assert again.split("\nexperts\n")[1].startswith(written.split("\nexperts\n")[1].split("| dense")[0])
+    pictures = {path.name: Image.open(path).size for path in tmp_path.glob("*.png")}
+    assert set(pictures) == {f"evidence_{name}.png" for name in evidence.EXPERIMENTS}
+    assert min(min(size) for size in pictures.values()) > 400
+
+    monkeypatch.setattr(evidence, "train", None)  # no training: everything is there
+    evidence.main(evidence.get_parser().parse_args(["balance", *flags]))
+    with pytest.raises(TypeError):  # other settings are other runs
+        evidence.main(evidence.get_parser().parse_args(["balance", *flags, "--steps", "8"]))
+
+
+def test_unknown_experiment_is_named():
+    with pytest.raises(UsageError, match="unknown experiment 'balanced'; did you mean balance"):
+        evidence.main(evidence.get_parser().parse_args(["balanced"]))
