@@ -127,7 +127,7 @@ def _first_node(nodes: str) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device."""
+    """`auto`, `cpu` or `cuda` as a device. A process that computes on the CPU keeps freed memory from then on."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch sees no GPU here; use --device cpu")
     device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -116,6 +116,8 @@ def main(args) -> None:
     for name in chosen:
         if name not in EXPERIMENTS:
             raise cli.unknown_name("experiment", name, EXPERIMENTS)
+    if args.steps % (2 * args.eval_every):
+        raise cli.UsageError(f"--steps {args.steps} must be a multiple of twice --eval-every {args.eval_every}")
     names = list(dict.fromkeys(name for experiment in chosen for name in EXPERIMENTS[experiment]))
     runs = {name: [] for name in names}
     for seed in range(args.seeds):

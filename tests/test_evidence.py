@@ -107,6 +107,8 @@ def test_whole_chain_resumes_and_remakes_pictures(tiny, tmp_path, capsys, monkey
         evidence.main(evidence.get_parser().parse_args(["balance", *flags, "--steps", "8"]))
 
 
-def test_unknown_experiment_is_named():
+def test_wrong_flags_are_named():
     with pytest.raises(UsageError, match="unknown experiment 'balanced'; did you mean balance"):
         evidence.main(evidence.get_parser().parse_args(["balanced"]))
+    with pytest.raises(UsageError, match="--steps 100 must be a multiple of twice --eval-every 30"):
+        evidence.main(evidence.get_parser().parse_args(["--steps", "100", "--eval-every", "30"]))
