@@ -367,7 +367,7 @@ def refused(capsys, monkeypatch, arguments: list[str], message: str) -> None:
         (["--sampler", "best"], "best"),
         (["--num-sampling-steps", "0"], "at least 1, got '0'"),
         (["--num-sampling-steps", "ddim10"], "ddim10"),
-        (["--cfg-scale", "nan"], "finite scale.*nan"),
+        (["--cfg-scale", "nan"], "from 0 to 1000, got .nan"),
         (["--cfg-interval", "0.5", "0.2"], "LOW <= HIGH"),
         (["--cfg-channels", "few"], "--cfg-channels expects"),
         (["--sample-dir", "LICENSE"], "--sample-dir LICENSE cannot be written"),
