@@ -39,17 +39,7 @@ def get_parser() -> Parser:
     add_feature_arguments(group)
     group.add_argument("--output", type=Path, help="JSON file for the results")
     sampling.add_sampling_arguments(command, ckpt=False)
-    command.set_defaults(cfg_scale=1.5)  # as in the published evaluations
-    group = command.add_argument_group("images to draw")
-    group.add_argument(
-        "--num-samples",
-        "--num-fid-samples",
-        dest="num_samples",
-        type=positive_int,
-        default=50_000,
-        help="images in all",
-    )
-    group.add_argument("--labels", choices=sampling.LABELS, default="random", help="drawn, or each in turn")
+    sampling.add_set_arguments(command)
 
     command = commands.add_parser("ref", help="make the statistics of real images, to compare with again and again")
     command.set_defaults(command=make_reference)

@@ -160,6 +160,20 @@ class FileSamples(Samples):
         return digest.hexdigest()
 
 
+def images_by_class(path: str) -> tuple[list[str], list[str], list[int]]:
+    """Of a folder of class folders: sorted class names, then name (below `path`) and label of each image."""
+    # A hidden folder (an editor's, a notebook's) is not a class and must not shift all labels.
+    class_names = sorted(e.name for e in os.scandir(path) if e.is_dir() and not e.name.startswith("."))
+    if not class_names:
+        return [], [], []
+
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    class_ids = {name: label for label, name in enumerate(class_names)}
+    files = make_dataset(path, class_ids, extensions=IMG_EXTENSIONS, allow_empty=True)
+    return class_names, [os.path.relpath(file, path) for file, _ in files], [label for _, label in files]
+
+
 class ImageData(FileSamples):
     """A folder with one folder of images per class; labels follow the sorted class names.
 
@@ -175,26 +189,22 @@ class ImageData(FileSamples):
                 f"image size {image_size} is not divisible by {space.downsample}, by which the autoencoder "
                 f"{space.path} shrinks images; nearest sizes: {_nearest_multiples(image_size, space.downsample)}"
             )
-        # A hidden folder (an editor's, a notebook's) is not a class and must not shift all labels.
-        class_names = sorted(e.name for e in os.scandir(path) if e.is_dir() and not e.name.startswith("."))
+        class_names, names, labels = images_by_class(path)
         layout = f"expected {os.path.join(path, 'CLASS', 'IMAGE')}, one folder per class"
         if not class_names:
             raise UsageError(f"no class folders in data path {path}: {layout}")
 
-        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+        if not names:
+            from torchvision.datasets.folder import IMG_EXTENSIONS
 
-        class_ids = {name: label for label, name in enumerate(class_names)}
-        files = make_dataset(path, class_ids, extensions=IMG_EXTENSIONS, allow_empty=True)
-        if not files:
             raise UsageError(f"no images ({' '.join(IMG_EXTENSIONS)}) in the class folders of {path}: {layout}")
-        names = [os.path.relpath(file, path) for file, _ in files]
         if all(name.count(os.sep) > 1 for name in names):  # CLASS/... holds folders only: those are the classes
             raise UsageError(
                 f"the class folders of {path} hold folders of images, not images: did you mean one of them, "
                 f"such as {os.path.join(path, class_names[0])}? {layout}"
             )
         side = image_size // space.downsample
-        super().__init__(path, names, [label for _, label in files], class_names, (space.channels, side, side), seed)
+        super().__init__(path, names, labels, class_names, (space.channels, side, side), seed)
         self.image_size = image_size
         self.posterior = space.samples_posterior
         self.flip = flip

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -127,23 +128,20 @@ def _first_node(nodes: str) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device. A process that computes on the CPU keeps freed memory from then on."""
+    """`auto`, `cpu` or `cuda` as a device."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()
-    return device
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def keep_freed_memory() -> None:
-    """Let the C library (glibc) keep what tensors leave, for the next ones.
+def keep_freed_memory(device: torch.device) -> None:
+    """Let the C library (glibc) of a process that computes on the CPU keep what tensors leave, for the next ones.
 
     By default it gives memory back to the system, which clears each page again when it is next touched: up to a tenth
     of a sampling step. Tensors above 32 MB still come and go: kept, they would leave holes that none fits into again.
     """
     library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
+    if device.type == "cpu" and hasattr(library, "mallopt"):
         library.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most it takes
         library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
@@ -156,6 +154,7 @@ def start(device: str = "auto", timeout: float = 600) -> Processes:
             exchange after it, until `Processes.set_timeout` says otherwise.
     """
     where = choose_device(device)
+    keep_freed_memory(where)
     rank, local_rank, world_size = _from_environment()
     options = {"backend": "gloo"}
     if where.type == "cuda":
@@ -189,6 +188,14 @@ def noticing_lost_processes():
         raise RunStopped(
             f"lost another process: it has died or hangs ({reason}); start the same command with --resume auto"
         ) from None
+
+
+def progress_bar(processes: Processes, **options):
+    """A tqdm bar on rank 0, with `options` of tqdm; once a minute where the output is a file."""
+    from tqdm import tqdm
+
+    interval = 0.5 if sys.stderr.isatty() else 60
+    return tqdm(dynamic_ncols=True, mininterval=interval, disable=not processes.is_main, **options)
 
 
 def stop() -> None:

@@ -10,7 +10,6 @@ of processes, and features of the images for what moments cannot tell. Statistic
 import contextlib
 import json
 import math
-import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ import distributed
 import metrics
 import sampling
 from cli import UsageError
-from data import IMAGE_ERRORS, FileSamples, brief, center_crop, load_image
+from data import IMAGE_ERRORS, FileSamples, brief, center_crop, images_by_class, load_image
 from extractors import Extractor, full_precision, load_extractor
 from files import digest, replacing
 
@@ -110,18 +109,13 @@ class FolderImages:
     """
 
     def __init__(self, path: Path, size: int | None = None):
-        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+        from torchvision.datasets.folder import IMG_EXTENSIONS
 
-        classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         names = sorted(entry.name for entry in path.iterdir() if entry.name.lower().endswith(IMG_EXTENSIONS))
-        labels = [0] * len(names)
-        if classes and not names:
-            ids = {name: label for label, name in enumerate(classes)}
-            files = make_dataset(str(path), ids, extensions=IMG_EXTENSIONS, allow_empty=True)
-            names, labels = [str(Path(file).relative_to(path)) for file, _ in files], [label for _, label in files]
+        classes, labels, self.labels = [], [0] * len(names), None
+        if not names:
+            classes, names, labels = images_by_class(str(path))
             self.labels = np.array(labels)
-        else:
-            self.labels = None
         if not names:
             raise UsageError(f"no images ({' '.join(IMG_EXTENSIONS)}) in {path}, nor in its folders")
         self.path, self.cut = path, size
@@ -175,10 +169,7 @@ class DrawnImages:
 
     def read(self, indices: range) -> np.ndarray:
         labels = self.labels[indices.start : indices.stop].tolist()
-        batches = sampling.generate(
-            self.model, self.objective, self.space, labels, self.settings, indices=indices, batch_size=len(labels)
-        )
-        return next(batches)
+        return sampling.draw(self.model, self.objective, self.space, labels, self.settings, indices)
 
     def describe(self) -> dict:
         return self.record
@@ -291,7 +282,7 @@ def measure(
     batches = math.ceil(images.count / batch_size)
     moments: dict[str, metrics.Moments] = {}
     mine: list[tuple[int, Tensor]] = []  # first index of a batch, the features kept of it
-    with progress_bar(images.count, title, processes) as bar:
+    with distributed.progress_bar(processes, total=images.count, desc=title, unit="image", leave=False) as bar:
         for first in range(0, batches, processes.world_size):
             batch = first + processes.rank
             start = min(batch, batches - 1) * batch_size
@@ -371,17 +362,6 @@ def _check_extractor(path: Path, stored: Statistics, extractor: Extractor) -> No
             f"{path} has statistics of {ours['name']} features with weights {stored.extractor['weights'][:8]}..., "
             f"the weights here are {ours['weights'][:8]}...: make it anew, or use those weights"
         )
-
-
-def progress_bar(count: int, title: str, processes: distributed.Processes):
-    """Rank 0's, over the images of all processes; once a minute where the output is a file."""
-    from tqdm import tqdm
-
-    interval = 0.5 if sys.stderr.isatty() else 60
-    disable = not processes.is_main
-    return tqdm(
-        total=count, desc=title, unit="image", dynamic_ncols=True, mininterval=interval, leave=False, disable=disable
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------- comparing

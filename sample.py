@@ -31,6 +31,7 @@ def get_parser() -> Parser:
 
 def main(args) -> None:
     device = distributed.choose_device(args.device)
+    distributed.keep_freed_memory(device)
     precision = sampling.choose_precision(args.precision, device)
     loaded = sampling.load_for_sampling(args, device, sampling.set_precision(precision))
     settings = loaded.settings

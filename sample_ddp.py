@@ -9,7 +9,6 @@ same command again goes on after a kill, with as many processes as there are the
 
 import json
 import shutil
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,22 +28,7 @@ ELSEWHERE = "use another --sample-dir"
 def get_parser() -> Parser:
     parser = Parser(prog="sample_ddp.py", description=__doc__.partition("\n")[0])
     sampling.add_sampling_arguments(parser)
-    parser.set_defaults(cfg_scale=1.5)  # as in the published evaluations
-    group = parser.add_argument_group("images")
-    group.add_argument(
-        "--num-fid-samples",
-        "--num-samples",
-        dest="num_samples",
-        type=positive_int,
-        default=50_000,
-        help="images in all",
-    )
-    group.add_argument(
-        "--labels",
-        choices=sampling.LABELS,
-        default="random",
-        help="random: drawn for each image; balanced: 0, 1, 2, ... in turn, so that all classes come equally often",
-    )
+    group = sampling.add_set_arguments(parser)
     group.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images a process draws at once")
     group.add_argument(
         "--sample-dir", type=Path, default=Path("samples"), help="gets a folder whose name tells the settings"
@@ -266,7 +250,9 @@ def draw(
     """
     mine = todo[processes.rank :: processes.world_size]
     rounds = -(-len(todo) // processes.world_size)
-    bar = progress_bar(images, todo, processes)
+    count = len(images.labels)
+    there = count - sum(len(images.indices(batch)) for batch in todo)
+    bar = distributed.progress_bar(processes, total=count, initial=there, unit="image")
     total, start = 0, time.perf_counter()
     with ThreadPoolExecutor(max_workers=1) as writer:
         writing = writer.submit(lambda: None)
@@ -293,25 +279,7 @@ def draw(
 def draw_batch(loaded: sampling.Loaded, settings: sampling.Settings, images: ImageSet, batch: int) -> np.ndarray:
     """(n, H, W, 3) uint8."""
     indices, labels = images.indices(batch), images.labels_of(batch).tolist()
-    batches = sampling.generate(
-        loaded.network, loaded.objective, loaded.space, labels, settings, indices=indices, batch_size=len(labels)
-    )
-    return next(batches)
-
-
-def progress_bar(images: ImageSet, todo: list[int], processes: distributed.Processes):
-    """Rank 0's, over the images of all processes; once a minute where the output is a file."""
-    from tqdm import tqdm
-
-    count = len(images.labels)
-    return tqdm(
-        total=count,
-        initial=count - sum(len(images.indices(batch)) for batch in todo),
-        unit="image",
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 60,
-        disable=not processes.is_main,
-    )
+    return sampling.draw(loaded.network, loaded.objective, loaded.space, labels, settings, indices)
 
 
 def report(images: ImageSet, settings: sampling.Settings, precision: str, drawn: int, seconds: float) -> None:

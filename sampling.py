@@ -73,6 +73,27 @@ def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
     parser.add_switch(group, "--cuda-graph", False, "record the network's kernels and replay them (bf16 on a GPU)")
 
 
+def add_set_arguments(parser: Parser):
+    """How many images, of which classes: what evaluations draw. Returns the group, for more."""
+    parser.set_defaults(cfg_scale=1.5)  # as in the published evaluations
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--num-fid-samples",
+        "--num-samples",
+        dest="num_samples",
+        type=positive_int,
+        default=50_000,
+        help="images in all",
+    )
+    group.add_argument(
+        "--labels",
+        choices=LABELS,
+        default="random",
+        help="random: drawn for each image; balanced: 0, 1, 2, ... in turn, so that all classes come equally often",
+    )
+    return group
+
+
 def add_machine_arguments(parser: Parser):
     """What a network is run on and how: what every script that runs one takes. Returns the group, for more."""
     group = parser.add_argument_group("machine")
@@ -205,6 +226,12 @@ def generate(
         latents = objective.sample(denoise, noise(), settings.steps, settings.sampler, randn=noise, progress=progress)
         images = space.decode(latents.float())
         yield (images * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def draw(model, objective, space, labels: Sequence[int], settings: Settings, indices: Sequence[int], progress=None):
+    """(n, H, W, 3) uint8: what `generate` yields for one batch."""
+    options = {"indices": indices, "batch_size": len(labels), "progress": progress}
+    return next(generate(model, objective, space, labels, settings, **options))
 
 
 class Captured:

@@ -203,7 +203,7 @@ def _loop(run: Run, engine: Engine, progress: Progress) -> None:
     loader = make_loader(run.data, run.schedule, progress.step, args.num_workers, processes.device.type == "cuda")
     batches = iter(loader)
     unreadable, saver = UnreadableImages(progress.unreadable), Saver(run, engine)
-    signals, clock, bar, first_step = StopSignals(), Clock(), progress_bar(run, progress.step), True
+    signals, clock, bar, start = StopSignals(), Clock(), progress_bar(run, progress.step), progress.step
     profiler = StepProfiler(args.profile if processes.is_main else 0, run.folder / "profile")
     while progress.step < run.total_steps:
         # Accumulate: forward and backward over the micro-batches of this step.
@@ -243,9 +243,8 @@ def _loop(run: Run, engine: Engine, progress: Progress) -> None:
         finite = all(math.isfinite(value) for value in means.values())
         update = engine.step(lr, finite)
         progress.step += 1
-        if first_step:
+        if progress.step == start + 1:
             processes.set_timeout(args.timeout)
-            first_step = False
         clock.images += args.global_batch_size
         bar.update()
         if profiler.step():

@@ -10,7 +10,6 @@ many processes draw; the same command again goes on after a kill.
 
 import functools
 import json
-import sys
 import time
 import zipfile
 from dataclasses import dataclass
@@ -285,35 +284,17 @@ def draw_batch(loaded: sampling.Loaded, job: Job, batch: int, tally: Tally, bar)
             yield step
             bar.update(len(job.times) / len(steps))  # Heun evaluates twice a step
 
-    pixels = next(
-        sampling.generate(
-            Recorder(loaded.model, tally, indices),
-            loaded.objective,
-            loaded.space,
-            labels,
-            loaded.settings,
-            indices=indices,
-            batch_size=len(labels),
-            progress=progress,
-        )
-    )
+    network = Recorder(loaded.model, tally, indices)
+    pixels = sampling.draw(network, loaded.objective, loaded.space, labels, loaded.settings, indices, progress)
     for index, image in zip(indices, pixels, strict=True):
         if index in tally.examples:
             tally.keep_image(index, image)
 
 
 def progress_bar(total: int, processes: distributed.Processes):
-    """Rank 0's, over its own network evaluations; once a minute where the output is a file."""
-    from tqdm import tqdm
-
-    return tqdm(
-        total=total,
-        unit="evaluation",
-        bar_format="{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 60,
-        disable=not processes.is_main,
-    )
+    """Rank 0's, over its own network evaluations."""
+    layout = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+    return distributed.progress_bar(processes, total=total, unit="evaluation", bar_format=layout)
 
 
 def report(job: Job) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import cli
 import distributed
+import sampling
 from analysis.plan import GPUS, Precision, elementwise_bytes, flops
 from files import write_json
 from models import DiT, DiTConfig
@@ -57,7 +58,23 @@ def start(args) -> torch.device:
     """The device of a benchmark. Random numbers are the same every time."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    return distributed.choose_device(args.device)
+    device = distributed.choose_device(args.device)
+    distributed.keep_freed_memory(device)
+    return device
+
+
+def add_network_arguments(parser: cli.Parser, seconds: float) -> None:
+    """The flags of benchmarks that run networks, for at most some `seconds` by default."""
+    parser.add_argument("--seconds", type=cli.number_in(1, 1e6), default=seconds, help="begin no case after so long")
+    parser.add_argument("--precision", choices=sampling.PRECISIONS, help="bf16 on a GPU, else fp32")
+    parser.add_switch(parser, "--compile", None, "measure compiled ones too (default: on a GPU)")
+
+
+def start_network(args) -> "tuple[torch.device, torch.dtype, Rates, TimeLimit]":
+    """What such a benchmark begins with: where, in which precision, how fast the machine is, when to end."""
+    device = start(args)
+    dtype = sampling.set_precision(sampling.choose_precision(args.precision, device))
+    return device, dtype, measured_rates(device, dtype, args.quick), TimeLimit(args.seconds)
 
 
 # ------------------------------------------------------------------------------------------------------------- checking

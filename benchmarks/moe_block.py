@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import cli
-import sampling
 from benchmarks import harness
 from benchmarks.harness import Goal
 from benchmarks.naive import WAYS, in_another_way
@@ -74,17 +73,12 @@ QUICK_CASES = (Case("Nano", "8", 64), Case("Nano", "64 narrow", 64, "skewed"), C
 
 def get_parser() -> cli.Parser:
     parser = harness.get_parser("moe_block", __doc__)
-    parser.add_argument("--seconds", type=cli.number_in(1, 1e6), default=200, help="begin no case after so long")
-    parser.add_argument("--precision", choices=sampling.PRECISIONS, help="of weights and tokens (GPU: bf16, CPU: fp32)")
-    parser.add_switch(parser, "--compile", None, "measure compiled layers too (on a GPU: in some cases)")
+    harness.add_network_arguments(parser, seconds=200)
     return parser
 
 
 def main(args) -> None:
-    device = harness.start(args)
-    dtype = sampling.set_precision(sampling.choose_precision(args.precision, device))
-    rates = harness.measured_rates(device, dtype, args.quick)
-    limit = harness.TimeLimit(args.seconds)
+    device, dtype, rates, limit = harness.start_network(args)
 
     cases = QUICK_CASES if args.quick else GPU_CASES if device.type == "cuda" else CPU_CASES
     rows = []

@@ -69,18 +69,16 @@ def random_state(config, device: torch.device) -> DiT:
 
 
 def ours(model: DiT) -> Callable[[], None]:
-    optimizer, ema = build_optimizer(model, LR, weight_decay=0.0), EMA(model, DECAY)
-
-    def update() -> None:
-        optimizer.step()
-        ema.update(model)
-
-    return update
+    return update_with(build_optimizer(model, LR, weight_decay=0.0), model)
 
 
 def foreach(model: DiT) -> Callable[[], None]:
     """A kernel for each operation of the formula, over all parameters."""
-    optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.0, foreach=True)
+    return update_with(torch.optim.AdamW(model.parameters(), LR, weight_decay=0.0, foreach=True), model)
+
+
+def update_with(optimizer: torch.optim.Optimizer, model: DiT) -> Callable[[], None]:
+    """The optimizer's step, then that of our average."""
     ema = EMA(model, DECAY)
 
     def update() -> None:

@@ -70,18 +70,13 @@ A100 = 312e12
 def get_parser() -> cli.Parser:
     parser = harness.get_parser("train_step", __doc__)
     parser.set_defaults(rounds=5)
-    parser.add_argument("--seconds", type=cli.number_in(1, 1e6), default=240, help="begin no case after so long")
-    parser.add_argument("--precision", choices=sampling.PRECISIONS, help="bf16 on a GPU, else fp32")
-    parser.add_switch(parser, "--compile", None, "measure compiled steps too (default: on a GPU)")
+    harness.add_network_arguments(parser, seconds=240)
     return parser
 
 
 def main(args) -> None:
-    device = harness.start(args)
+    device, dtype, rates, limit = harness.start_network(args)
     cuda = device.type == "cuda"
-    dtype = sampling.set_precision(sampling.choose_precision(args.precision, device))
-    rates = harness.measured_rates(device, dtype, args.quick)
-    limit = harness.TimeLimit(args.seconds)
     compiles = cuda if args.compile is None else args.compile
 
     tables = {"steps": [], "memory": [], "fast-DiT's table": []}
