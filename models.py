@@ -8,6 +8,7 @@ published one.
 """
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -17,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cli import UsageError, unknown_name
-from moe import EXPERTS, MoE, Routing
+from moe import EXPERTS, MoE, Routing, compute_dtype
 
 # ------------------------------------------------------------------------------------------------------- configuration
 
@@ -178,6 +179,8 @@ def build_model(name: str, **options) -> "DiT":
     return DiT(build_config(name, **options))
 
 
+NORM_EPS = 1e-6  # of every LayerNorm, as published
+
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
@@ -226,6 +229,14 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype, head_di
         raise UsageError(f"--attention {name} has no kernel for {what}; use auto") from None
 
 
+class HeadNorm(nn.LayerNorm):
+    """LayerNorm that leaves its input in bf16, where autocast would make fp32 copies; the kernel adds up in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over (N, T, D) without mask."""
 
@@ -234,14 +245,14 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.backend = None  # a value of ATTENTION_BACKENDS
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)  # rows: [q; k; v] x heads x d
-        self.q_norm = nn.LayerNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(hidden_size // num_heads, NORM_EPS) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(hidden_size // num_heads, NORM_EPS) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (N, T, h, d)
         # Normed before heads and tokens change places: kernels lay their output out as q, so that it needs no copy.
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast norms in fp32
+        q, k = self.q_norm(q), self.k_norm(k)
         out = attend(*(each.transpose(1, 2) for each in (q, k, v)), self.backend)  # (N, h, T, d)
         return self.proj(out.transpose(1, 2).flatten(2))  # (N, T, D)
 
@@ -257,7 +268,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        # Contiguous: sums take after their first operand, so all blocks would work on a transposed residual stream.
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 def timestep_embedding(t: Tensor, dim: int = 256) -> Tensor:
@@ -307,9 +319,32 @@ def position_embedding(hidden_size: int, side: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- model
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(N, T, D) with (N, D) shift and scale: adaptive layer norm."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+class AdaptiveLayerNorm(torch.autograd.Function):
+    """norm(x) * (1 + scale) + shift: (N, T, D) with (N, D) shift and scale -> (N, T, D) of `dtype`.
+
+    Computed in the dtype of x. Saves x and scale alone: the norm is computed again in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        with torch.autocast(x.device.type, enabled=False):
+            shift, factor = shift.to(x.dtype).unsqueeze(1), 1 + scale.to(x.dtype).unsqueeze(1)  # (N, 1, D)
+            out = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), factor)
+        return out if out.dtype == dtype else out.to(dtype)  # compiled by PyTorch 2.11, an idle `to` loses the gradient
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # (N, T, D)
+        x, scale = ctx.saved_tensors
+        width = x.shape[-1:]
+        normed, mean, rstd = torch.native_layer_norm(x, width, None, None, NORM_EPS)
+        grad_shift = grad.sum(dim=1, dtype=x.dtype)
+        grad_scale = (grad * normed).sum(dim=1)
+        grad_normed = grad * (1 + scale.to(x.dtype).unsqueeze(1))
+        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_normed, x, width, mean, rstd, None, None, [True, False, False]
+        )
+        return grad_x, grad_shift.to(scale.dtype), grad_scale.to(scale.dtype), None
 
 
 class MLP(nn.Module):
@@ -324,15 +359,35 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+CHOICES = {torch.ops.aten.topk.default}  # of experts
+PRODUCTS = CHOICES | {  # operations whose results are dear: matrix products and attention
+    getattr(torch.ops.aten, name).default
+    for name in (
+        *("mm", "addmm", "bmm", "_grouped_mm"),
+        *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+        *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
+    )
+}
+
+
+def _keeping(operations: set, _, operation, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in operations else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+CHECKPOINTING = {  # what a block keeps for its backward, beside its input, as a `context_fn` of `checkpoint`
+    "none": None,  # all that autograd wants
+    "selective": functools.partial(create_selective_checkpoint_contexts, functools.partial(_keeping, PRODUCTS)),
+    "full": functools.partial(create_selective_checkpoint_contexts, functools.partial(_keeping, CHOICES)),
+}
+
+
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-zero conditioning; its MLP is dense or a mixture of experts."""
 
     def __init__(self, config: DiTConfig, is_moe: bool):
         super().__init__()
         width = config.hidden_size
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, config.num_heads, config.qk_norm)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         if is_moe:
             self.moe = MoE(
                 width,
@@ -348,11 +403,21 @@ class DiTBlock(nn.Module):
             self.mlp = MLP(width, config.mlp_width)
         self.is_moe = is_moe
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.checkpointing = "none"  # a key of CHECKPOINTING
 
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Routing | None]:  # (N, T, D), (N, D)
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self.compute(x, c)
+        # Compiled code may round otherwise the second time, and must not choose other experts for it.
+        keep = self.checkpointing == "selective" or torch.compiler.is_compiling()
+        options = {"context_fn": CHECKPOINTING[self.checkpointing]} if keep else {}
+        return checkpoint(self.compute, x, c, use_reentrant=False, **options)
+
+    def compute(self, x: Tensor, c: Tensor) -> tuple[Tensor, Routing | None]:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        tokens = modulate(self.norm2(x), shift_m, scale_m)
+        dtype = compute_dtype(self.attn.qkv.weight)
+        x = x + gate_a.unsqueeze(1) * self.attn(AdaptiveLayerNorm.apply(x, shift_a, scale_a, dtype))
+        tokens = AdaptiveLayerNorm.apply(x, shift_m, scale_m, dtype)
         out, routing = self.moe(tokens) if self.is_moe else (self.mlp(tokens), None)
         return x + gate_m.unsqueeze(1) * out, routing
 
@@ -363,13 +428,12 @@ class FinalLayer(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         width = config.hidden_size
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, config.patch_size**2 * config.out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(AdaptiveLayerNorm.apply(x, shift, scale, compute_dtype(self.linear.weight)))
 
 
 class DiT(nn.Module):
@@ -378,7 +442,6 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)
         self.t_embedder = TimestepEmbedder(config.hidden_size)
         self.y_embedder = LabelEmbedder(config.num_classes + (config.null_class is not None), config.hidden_size)
@@ -406,10 +469,7 @@ class DiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         routings = []
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x, routing = checkpoint(block, x, c, use_reentrant=False)
-            else:
-                x, routing = block(x, c)
+            x, routing = block(x, c)
             if routing is not None:
                 routings.append(routing)
         x = self.unpatchify(self.final_layer(x, c))
@@ -492,6 +552,18 @@ class DiT(nn.Module):
                 raise UsageError(f"--attention {name} is not installed here ({error}); use auto") from None
         for block in self.blocks:
             block.attn.backend = ATTENTION_BACKENDS[name]
+
+    def set_checkpointing(self, name: str) -> None:
+        """Choose what the backward computes again to save memory, a key of `CHECKPOINTING`; the result is the same.
+
+        "selective": of each block all but products, attention and choices of experts, which costs little time where
+        blocks are compiled, and several times a small block's own where they are not (operations are sorted by the
+        host); "full": all of it.
+        """
+        if name not in CHECKPOINTING:
+            raise unknown_name("activation checkpointing", name, CHECKPOINTING)
+        for block in self.blocks:
+            block.checkpointing = name
 
     def compile_blocks(self, fullgraph: bool = True) -> None:
         """torch.compile each block in place: one compilation serves all, and parameter names stay."""

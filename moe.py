@@ -5,6 +5,9 @@ T tokens · D hidden width · E experts · K experts per token · F expert width
 `MoE.forward` is the composition  router -> dispatch -> experts -> combine (+ shared expert).  The T*K assignments are
 sorted by expert on the device, so that each expert's tokens are one contiguous segment and all experts are one grouped
 matrix product. What the router decided is returned as a `Routing`: the balance loss, the log and the analysis read it.
+
+Autograd functions work in place where they run eagerly, and not where they are compiled: Inductor does that by itself,
+and PyTorch 2.11 would lose the gradient of a function that returns what it has changed in place.
 """
 
 import math
@@ -31,6 +34,25 @@ class Routing(NamedTuple):
         return self.offsets.diff(prepend=self.offsets.new_zeros(1))
 
 
+class FP32Linear(torch.autograd.Function):
+    """x W^T in fp32, whatever autocast says: (T, D), (E, D) -> (T, E).
+
+    Saves x as it came, which others save too, and not its fp32 copy, which is made again in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), weight.float())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            return (grad @ weight.float()).to(x.dtype), (grad.T @ x.float()).to(weight.dtype)
+
+
 class Router(nn.Module):
     """Softmax top-k gate without bias, in fp32 whatever autocast says (arXiv 2407.11633, eq. 1).
 
@@ -46,13 +68,12 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def forward(self, x: Tensor) -> Routing:  # (T, D)
-        with torch.autocast(x.device.type, enabled=False):
-            probs = F.linear(x.float(), self.weight.float()).softmax(dim=-1)  # (T, E)
-            weights, expert_ids = probs.topk(self.top_k, dim=-1, sorted=False)  # (T, K)
-            if self.normalize:
-                weights = weights / weights.sum(dim=-1, keepdim=True)
-            if self.scaling_factor != 1:
-                weights = weights * self.scaling_factor
+        probs = FP32Linear.apply(x, self.weight).softmax(dim=-1)  # (T, E)
+        weights, expert_ids = probs.topk(self.top_k, dim=-1, sorted=False)  # (T, K)
+        if self.normalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        if self.scaling_factor != 1:
+            weights = weights * self.scaling_factor
         order, offsets = sort_by_expert(expert_ids, num_experts=self.weight.shape[0])
         return Routing(probs, expert_ids, weights, order, offsets)
 
@@ -97,7 +118,9 @@ class Dispatch(torch.autograd.Function):
     def forward(ctx, x: Tensor, inverse: Tensor, top_k: int) -> Tensor:
         places = inverse.unflatten(0, (-1, top_k))  # (T, K)
         ctx.save_for_backward(places)
-        return x.new_empty(len(inverse), x.shape[1]).index_put_((places,), x.unsqueeze(1))
+        rows = x.new_empty(len(inverse), x.shape[1])
+        put = rows.index_put if torch.compiler.is_compiling() else rows.index_put_
+        return put((places,), x.unsqueeze(1))
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # (P, D)
@@ -135,17 +158,19 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx, gate_up: Tensor) -> Tensor:  # (..., 2F) -> (..., F)
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return F.silu(gate) * up if torch.compiler.is_compiling() else F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        if torch.compiler.is_compiling():  # one kernel of the plain formula
+            return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
         grads = torch.empty_like(gate_up)
-        of_gate, of_up = grads.chunk(2, dim=-1)  # filled in place: here a step has its peak of memory
-        of_gate.copy_(grad_gate)
-        F.silu(of_up.copy_(gate), inplace=True).mul_(grad)
+        of_gate, of_up = grads.chunk(2, dim=-1)  # written in place: here a step has its peak of memory
+        torch.mul(grad, up, out=of_gate)
+        torch.ops.aten.silu_backward(of_gate, gate, grad_input=of_gate)
+        torch.ops.aten.silu(gate, out=of_up).mul_(grad)
         return grads
 
 
@@ -271,17 +296,24 @@ class AddBias(torch.autograd.Function):
         return grad, F.grouped_mm(ones.T, grad, offs=offsets)[:, 0], None
 
 
+class LinearOnto(nn.Linear):
+    """onto + x W^T, added in the product's own kernel."""
+
+    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
+        return torch.addmm(onto, x, self.weight.T)
+
+
 class SharedExperts(nn.Module):
-    """The always-on experts: n of them are one SwiGLU of n times the width."""
+    """The always-on experts: n of them are one SwiGLU of n times the width, added to what the others gave."""
 
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
         self.gate_up_proj = nn.Linear(hidden_size, 2 * width, bias=False)
         self.gate_up_proj.stacked = 2  # projections, each initialised on its own
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.down_proj = LinearOnto(width, hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(SwiGLU.apply(self.gate_up_proj(x)))
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:  # (T, D) each
+        return self.down_proj(SwiGLU.apply(self.gate_up_proj(x)), out)
 
 
 class MoE(nn.Module):
@@ -311,9 +343,8 @@ class MoE(nn.Module):
         self.parallel = None  # an `ExpertParallel`, where `experts` holds a part of them only
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:  # (..., D) -> (..., D)
-        tokens = x.flatten(0, -2)  # (T, D)
+        tokens = x.flatten(0, -2).to(compute_dtype(next(self.experts.parameters())))  # (T, D)
         routing = self.gate(tokens)
-        tokens = tokens.to(compute_dtype(next(self.experts.parameters())))
 
         inverse = inverse_permutation(routing.order)  # assignment -> its place
         y = Dispatch.apply(tokens, inverse, self.gate.top_k)  # (P, D)
@@ -324,7 +355,7 @@ class MoE(nn.Module):
         out = Combine.apply(y, routing.weights, routing.order, inverse)  # (T, D)
 
         if self.shared_experts is not None:
-            out = out + self.shared_experts(tokens)
+            out = self.shared_experts(tokens, out)
         return out.view(x.shape), routing
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from data import BatchSchedule, ImageData, SpaceInfo, load_space, require_folder
 from diffusion import GaussianDiffusion, RectifiedFlow
 from files import write_json
 from latents import LatentShards, open_features
-from models import DiT_models, DiTConfig, build_config, check_attention, row_name
+from models import CHECKPOINTING, DiT_models, DiTConfig, build_config, check_attention, row_name
 from optim import SCHEDULES
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -95,7 +95,16 @@ def add_training_arguments(parser: Parser) -> None:
     )
 
     group = sampling.add_machine_arguments(parser)
-    parser.add_switch(group, "--activation-checkpointing", False, "recompute blocks in the backward, to save memory")
+    group.add_argument(
+        "--activation-checkpointing",
+        type=lambda text: {"true": "full", "false": "none"}.get(text.lower(), text),
+        choices=CHECKPOINTING,
+        nargs="?",
+        const="full",
+        default="none",
+        help="what the backward computes again, to save memory: all of a block (full: also where nothing is named), "
+        "or all but its products (selective: to be used with --compile)",
+    )
     parser.add_switch(group, "--deterministic", False, "bit-identical repeat runs on a GPU too, slower")
     group.add_argument(
         "--start-timeout",
@@ -234,8 +243,8 @@ def _check(args, processes: distributed.Processes) -> Run:
     for name in MODEL_FLAGS:
         setattr(args, name, getattr(model, name))
     args.model = args.model or row_name(model) or "DiT"
-    if args.compile and args.precision in ("fp32", "tf32") and torch.__version__ < "2.15" and args.num_experts:
-        raise UsageError(f"--compile with --precision {args.precision} needs PyTorch 2.15 or newer; use bf16")
+    if args.compile:
+        sampling.check_compile(model, sampling.PRECISIONS[args.precision])
     objective = build_objective(args)
     needs_space = args.feature_path is None or args.sample_every > 0 or args.metrics_every > 0
     space_facts = space_info(args.vae_path) if needs_space else None

@@ -121,6 +121,13 @@ def choose_precision(name: str | None, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
+def check_compile(config: DiTConfig, dtype: torch.dtype) -> None:
+    """Raises UsageError where PyTorch is too old to trace grouped products of this dtype."""
+    if config.num_experts and dtype != torch.bfloat16 and torch.__version__ < "2.15":
+        what = f"--compile with experts in {str(dtype).removeprefix('torch.')}"
+        raise UsageError(f"{what} needs PyTorch 2.15 or newer, this is {torch.__version__}; use --precision bf16")
+
+
 def set_precision(name: str) -> torch.dtype:
     """The dtype of matrix products; `tf32` is fp32 with the matrix units switched over, for the whole process."""
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
@@ -482,6 +489,7 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
     check_attention(args.attention, device, dtype, weights.config.hidden_size // weights.config.num_heads)
     checkpoint.load_into(model, weights, device, dtype)
     if args.compile:
+        check_compile(weights.config, dtype)
         model.compile_blocks()
     model.eval().requires_grad_(False)
     network = captured(model) if args.cuda_graph else model

@@ -89,7 +89,7 @@ class DDPEngine:
 
         with torch.device("meta"):
             self.module = DiT(run.config)
-        self.module.activation_checkpointing = args.activation_checkpointing
+        self.module.set_checkpointing(args.activation_checkpointing)
         self.module.set_attention(args.attention)
         if args.compile:
             self.module.compile_blocks(fullgraph=self.blocks_are_whole)

@@ -276,7 +276,7 @@ class ZeroEngine:
 
         with torch.device("meta"):
             self.module = DiT(run.config)
-        self.module.activation_checkpointing = args.activation_checkpointing
+        self.module.set_checkpointing(args.activation_checkpointing)
         self.module.set_attention(args.attention)
         if args.compile:
             self.module.compile_blocks()

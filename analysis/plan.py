@@ -24,7 +24,7 @@ import torch
 import cli
 from cli import UsageError, natural_int, number_in, positive_int, unknown_name
 from expert_parallel import check_expert_parallel
-from models import DiT, DiTConfig, build_config, count_parameters
+from models import CHECKPOINTING, DiT, DiTConfig, build_config, count_parameters
 
 # ------------------------------------------------------------------------------------------------------------ hardware
 
@@ -190,9 +190,11 @@ class Activations:
     """Bytes for one image that are live when the backward begins."""
 
     plain: int
-    kept: int  # with checkpointing, when the forward ends: the blocks' inputs, and all that is not in a block
+    kept: int  # with full checkpointing, when the forward ends: the blocks' inputs, and all that is not in a block
     final: int  # of these, what the final layer has freed when the first block is computed again
     block: int  # what the largest block then saves
+    products: int  # with selective checkpointing, beside `kept`: results of products and attention in all blocks
+    block_products: int  # those of that block
     passing: int  # gradients on their way, in either case: the residual stream's and a hidden layer's
 
 
@@ -200,16 +202,15 @@ def activations(config: DiTConfig, precision: Precision) -> Activations:
     """Bytes of what autograd saves; copies of weights in the compute precision are not among them."""
     D, T = config.hidden_size, tokens_per_image(config)
     c, s = precision.compute, precision.stream
-    norm = T * (2 * s * D + 8)  # a norm's input, mean and deviation; its output, for the gradient of the scale
+    norm = T * s * D  # a norm's input
     sample = config.in_channels * config.input_size**2
     embeddings = c * (sample + 256 + 2 * D) + s * D + 8  # latent, time, label: inputs of each layer
-    final = norm + c * (T * D + 4 * D)  # input of the linear; modulation: silu(c), shift and scale, 1 + scale
+    final = norm + c * (T * D + 3 * D)  # input of the linear; modulation: silu(c), shift and scale
 
     attention = norm + T * (c * 6 * D + 4 * config.num_heads)  # inputs of the linears; q, k, v; output; log-sum-exp
     if config.qk_norm:
         attention += T * (2 * c * D + 16 * config.num_heads)  # normed q and k, statistics
-        attention += T * 8 * D if precision.casts else 0  # autocast norms fp32 copies of q and k
-    modulation = c * 9 * D  # silu(c); shifts, scales, gates; 1 + scale twice
+    modulation = c * 7 * D  # silu(c); shifts, scales, gates
     dense = attention + modulation + norm + T * c * (2 * D + 2 * config.mlp_width)  # input, hidden twice, output
     routing = routing_bytes(config)
     sparse = attention + modulation + norm + moe_activations(config, precision)
@@ -217,24 +218,37 @@ def activations(config: DiTConfig, precision: Precision) -> Activations:
     moe = len(config.moe_indices)
     outside = embeddings + final
     kept = outside + config.depth * T * s * D + moe * routing  # routings are returned, for the balance loss and the log
-    block = max(sparse - routing if moe else 0, dense if moe < config.depth else 0) - T * s * D
-    units = {"swiglu": 2, "gelu": 1}[config.expert_mlp]  # gate and up
-    hidden = config.num_experts_per_tok * units * config.expert_width if moe else config.mlp_width
+    results = T * (c * 5 * D + 4 * config.num_heads) + c * 6 * D  # qkv, attention with log-sum-exp, out; modulation
+    sparse_results, dense_results = results + moe_products(config, precision), results + T * c * (config.mlp_width + D)
+    products = moe * sparse_results + (config.depth - moe) * dense_results
+    largest = sparse - routing >= dense if 0 < moe < config.depth else moe > 0
+    block = (sparse - routing if largest else dense) - T * s * D
+    block_products = sparse_results if largest else dense_results
+    hidden = config.num_experts_per_tok * config.expert_width if moe else config.mlp_width
     passing = T * (2 * s * D + c * hidden)
-    return Activations(outside + moe * sparse + (config.depth - moe) * dense, kept, final, block, passing)
+    plain = outside + moe * sparse + (config.depth - moe) * dense
+    return Activations(plain, kept, final, block, products, block_products, passing)
 
 
 def moe_activations(config: DiTConfig, precision: Precision) -> int:
     """Those of one MoE layer, its input and output included."""
     D, T, K = config.hidden_size, tokens_per_image(config), config.num_experts_per_tok
     F, S, c = config.expert_width, config.shared_width, precision.compute
-    router = 4 * D + 8 * K  # input in fp32; inverse permutation
+    router = c * D + 8 * K  # input, which is the shared expert's, too; inverse permutation
     router += 4 * (K + 1) if config.norm_topk_prob else 0  # weights before they are divided by their sum
     hidden = {"swiglu": 3 * F, "gelu": 2 * F}[config.expert_mlp]  # gate and up, product; or before, after
     routed = c * K * (D + hidden + D)  # input, hidden, output
-    shared = c * 3 * S + (c * D if S and c < 4 else 0)  # hidden; the input, if it is not the router's
+    shared = c * 3 * S  # hidden
     output = c * D  # for the gradient of the gate
     return T * (router + routed + shared + output) + routing_bytes(config)
+
+
+def moe_products(config: DiTConfig, precision: Precision) -> int:
+    """Results of one MoE layer's products, for one image: the router's, both of the experts, both of the shared one."""
+    D, K, F, S = config.hidden_size, config.num_experts_per_tok, config.expert_width, config.shared_width
+    hidden = {"swiglu": 2 * F, "gelu": F}[config.expert_mlp]
+    wide = K * (hidden + D) + 2 * S + (D if S else 0)
+    return tokens_per_image(config) * (4 * config.num_experts + precision.compute * wide)
 
 
 def routing_bytes(config: DiTConfig) -> int:
@@ -299,23 +313,24 @@ class Memory:
     total: float
 
 
-def memory(job: Job, checkpointed: bool) -> Memory:
+def memory(job: Job, checkpointing: str) -> Memory:
     strategy = job.strategy
     stored = job.precision.compute if strategy.deepspeed else 4
     saved = activations(job.config, job.precision)
-    live = (saved.kept - saved.final + saved.block if checkpointed else saved.plain) + saved.passing
+    again = saved.kept - saved.final + saved.block  # when the last block has been computed again
+    live = {"none": saved.plain, "selective": again + saved.products - saved.block_products, "full": again}
     parts = {
         "weights": stored * job.share(strategy.weights),
-        "working": working_bytes(job, checkpointed),
+        "working": working_bytes(job, checkpointing),
         "gradients": stored * job.share(strategy.gradients and not job.reduces_last),
         "optimizer": (12 if strategy.deepspeed else 8) * job.share(strategy.optimizer),
         "ema": 4 * job.share(strategy.optimizer),
-        "activations": job.batch_size * live,
+        "activations": job.batch_size * (live[checkpointing] + saved.passing),
     }
     return Memory(**parts, total=sum(parts.values()))
 
 
-def working_bytes(job: Job, checkpointed: bool) -> float:
+def working_bytes(job: Job, checkpointing: str) -> float:
     """Weights in the form in which products take them, where they are not kept in that form, and what goes with it."""
     local, c, casts = job.local, job.precision.compute, job.precision.casts
     if job.strategy.deepspeed:
@@ -323,7 +338,7 @@ def working_bytes(job: Job, checkpointed: bool) -> float:
     if not job.strategy.weights:
         if not casts:
             return 0
-        if not checkpointed:  # autograd saves autocast's copies of all weights
+        if checkpointing == "none":  # autograd saves autocast's copies of all weights
             return c * local.products
         # It saves those of one block; but when the forward ends, with no block saved yet, the copies that autocast
         # caches are still there: all but experts, which are cast by hand.
@@ -347,7 +362,7 @@ class Communication:
     total: float
 
 
-def communication(job: Job, checkpointed: bool) -> Communication:
+def communication(job: Job, checkpointing: str) -> Communication:
     """Gradients travel in fp32, in the last micro-batch (DeepSpeed: compute precision; ZeRO-2 and 3: in every one)."""
     config, strategy, c = job.config, job.strategy, job.precision.compute
     reductions = 1 if job.reduces_last or not strategy.gradients else job.accum_iter
@@ -360,7 +375,7 @@ def communication(job: Job, checkpointed: bool) -> Communication:
         gathers = 1 if strategy.deepspeed else 0  # of the updated weights
     weights = c * job.ring * gathers
 
-    journeys = 6 if checkpointed else 4  # to the experts and back, in forward and backward
+    journeys = 4 if checkpointing == "none" else 6  # to the experts and back, in forward and backward
     others = (job.expert_parallel - 1) / job.expert_parallel
     tokens = job.batch_size * tokens_per_image(config) * config.num_experts_per_tok * others * job.accum_iter
     tokens *= len(config.moe_indices) * journeys * config.hidden_size * c
@@ -383,12 +398,13 @@ class Time:
 UPDATE_BYTES = 12 + 28 + 12  # per parameter: the gradient's norm and factor; AdamW, 4 reads and 3 writes; EMA, 2 and 1
 
 
-def step_time(job: Job, checkpointed: bool, gpu: GPU, peak: float) -> Time:
+def step_time(job: Job, checkpointing: str, gpu: GPU, peak: float) -> Time:
     """`peak` in TFLOP/s. Products take the longer of their arithmetic and of reading their weights."""
-    local, c, work, sent = job.local, job.precision.compute, flops(job.config), communication(job, checkpointed)
-    bandwidth, passes = gpu.bandwidth * 1e12, 4 if checkpointed else 3
-    arithmetic = job.batch_size * (work.checkpointed if checkpointed else work.training) / (peak * 1e12)
-    products = job.accum_iter * max(arithmetic, passes * c * local.products / bandwidth)
+    local, c, work, sent = job.local, job.precision.compute, flops(job.config), communication(job, checkpointing)
+    bandwidth, passes = gpu.bandwidth * 1e12, 3 if checkpointing == "none" else 4
+    operations, products_passes = (work.checkpointed, 4) if checkpointing == "full" else (work.training, 3)
+    arithmetic = job.batch_size * operations / (peak * 1e12)
+    products = job.accum_iter * max(arithmetic, products_passes * c * local.products / bandwidth)
     between = job.batch_size * passes * elementwise_bytes(job.config, job.precision)
     elementwise = job.accum_iter * between / bandwidth
     cast = (4 + c) * (job.share(job.strategy.weights) + local.trained) if job.precision.casts else 0
@@ -419,7 +435,7 @@ def elementwise_bytes(config: DiTConfig, precision: Precision) -> int:
 
 @dataclass(frozen=True)
 class Outlook:
-    """A run with or without activation checkpointing."""
+    """A run with one kind of activation checkpointing."""
 
     memory: Memory
     fits: bool
@@ -447,8 +463,9 @@ class Plan:
     peak_tflops: float
     parameters: Parameters
     flops: Flops
-    plain: Outlook
-    checkpointed: Outlook
+    none: Outlook
+    selective: Outlook
+    full: Outlook
 
 
 def plan(
@@ -506,17 +523,17 @@ def plan(
     widths = precision_of(precision, strategy)
     job = Job(config, parameters, strategy, widths, gpus, expert_parallel, batch_size, accum_iter)
 
-    def outlook(checkpointed: bool) -> Outlook:
+    def outlook(checkpointing: str) -> Outlook:
         def needed(images: int) -> float:
-            return memory(replace(job, batch_size=images), checkpointed).total
+            return memory(replace(job, batch_size=images), checkpointing).total
 
         largest = bisect.bisect_right(range(1, MOST_IMAGES + 1), hardware.memory * 1e9, key=needed)
-        time = step_time(job, checkpointed, hardware, peak)
+        time = step_time(job, checkpointing, hardware, peak)
         return Outlook(
-            memory(job, checkpointed),
+            memory(job, checkpointing),
             largest >= batch_size,
             largest,
-            communication(job, checkpointed),
+            communication(job, checkpointing),
             time,
             gpus * batch_size * accum_iter / time.hidden,
         )
@@ -536,8 +553,7 @@ def plan(
         peak,
         parameters,
         flops(config),
-        plain=outlook(False),
-        checkpointed=outlook(True),
+        **{name: outlook(name) for name in CHECKPOINTING},
     )
 
 
@@ -616,13 +632,13 @@ def report(p: Plan) -> str:
         lines.append(f"{title:<44}" + "".join(f"{value:>16}" for value in values))
 
     def both(title: str, show) -> None:
-        line(title, show(p.plain), show(p.checkpointed))
+        line(title, *(show(getattr(p, name)) for name in CHECKPOINTING))
 
     def quantities(part: str, scale: float, titles: dict[str, str]) -> None:
         for name, title in titles.items():
             both(f"  {title}", lambda o, name=name: f"{getattr(getattr(o, part), name) / scale:,.1f}")
 
-    line("activation checkpointing", "off", "on")
+    line("activation checkpointing", *CHECKPOINTING)
     lines.append("memory per GPU, GB")
     quantities("memory", 1e9, MEMORY_TITLES)
     both(f"  fits in {p.hardware.memory:g} GB", lambda o: "yes" if o.fits else "NO")
@@ -659,14 +675,14 @@ TIME_TITLES = {
 
 def alternatives(settings: dict) -> str:
     """The largest batch under each data-parallel choice, all else equal."""
-    lines = [f"{'the same GPUs with':<44}{'state, GB':>16}{'largest batch':>16}{'checkpointed':>16}"]
+    lines = [f"{'largest batch on the same GPUs':<44}" + "".join(f"{it:>16}" for it in ("state, GB", *CHECKPOINTING))]
     for name in STRATEGIES:
         if name not in ("sdp", "fsdp") and settings["expert_parallel"] > 1:
             continue
         other = plan(**(settings | {"data_parallel": name}))
-        held = other.plain.memory
+        held = other.none.memory
         state = (held.weights + held.gradients + held.optimizer + held.ema) / 1e9
-        batches = f"{other.plain.largest_batch:>16}{other.checkpointed.largest_batch:>16}"
+        batches = "".join(f"{getattr(other, kind).largest_batch:>16}" for kind in CHECKPOINTING)
         lines.append(f"  {name:<42}{state:>16.1f}{batches}")
     return "\n".join(lines)
 

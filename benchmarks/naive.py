@@ -62,7 +62,7 @@ class NaiveMoE(nn.Module):
         experts = self._masked if torch.is_grad_enabled() else self._in_turn
         out = experts(tokens, expert_ids, weights)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(tokens)
+            out = self.shared_experts(tokens, out)
         return out.view(x.shape), NaiveRouting(probs, expert_ids, weights)
 
     def _masked(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:

@@ -5,46 +5,19 @@ views, bare allocations, questions for a property. A GPU runs one kernel for mos
 A change for the better lowers a number here.
 """
 
-import contextlib
-
 import pytest
 import torch
+from conftest import traces_fp32
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.naive import NaiveMoE
+from benchmarks.traffic import Case, case_rows, record, weights_of
 from models import DiTBlock, build_config
 from moe import MoE, load_balancing_loss
 
+pytestmark = traces_fp32
 TOKENS, HIDDEN, EXPERTS, TOP_K = 64, 32, 8, 2
 WIDE = TOKENS * HIDDEN  # elements of an activation; nothing else in the layer is as large but weights
-NO_KERNEL = ("prim.device", "aten.detach", "aten.empty", "aten.new_empty", "aten.empty_like", "aten._unsafe_view")
-
-
-class Recorder(TorchDispatchMode):
-    """Notes every operation that launches a kernel, with what it makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.made: list[tuple[str, torch.Tensor]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        name = str(function)
-        if not function.is_view and not name.startswith(NO_KERNEL):
-            self.made += [(name, each) for each in (out if isinstance(out, (tuple, list)) else [out])[:1]]
-        return out
-
-    def wide(self, matches) -> list[str]:
-        """Operations that make something as large as an activation, of a dtype that `matches`."""
-        return [name for name, made in self.made if made.numel() >= WIDE and matches(made.dtype)]
-
-
-@contextlib.contextmanager
-def weights_of(dtype: torch.dtype):
-    torch.set_default_dtype(dtype)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def layer(dtype: torch.dtype = torch.float32) -> tuple[MoE, torch.Tensor]:
@@ -52,35 +25,39 @@ def layer(dtype: torch.dtype = torch.float32) -> tuple[MoE, torch.Tensor]:
         return MoE(HIDDEN, 4 * HIDDEN, EXPERTS, TOP_K, 2 * HIDDEN), torch.randn(1, TOKENS, HIDDEN, requires_grad=True)
 
 
-def record(module, x, autocast: bool = False, grad: bool = True) -> tuple[Recorder, Recorder]:
-    """Forward and backward to input and weights."""
-    parameters = [x, *module.parameters()]
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.set_grad_enabled(grad), Recorder() as forward:
-        out = module(x)[0]
-    if not grad:
-        return forward, Recorder()
-    gradient = torch.randn_like(out)
-    with Recorder() as backward:
-        torch.autograd.grad(out, parameters, gradient)
-    return forward, backward
-
-
 @pytest.mark.parametrize(
     ("dtype", "autocast", "forward", "backward"),
     [
-        (torch.float32, False, 20, 36),
-        (torch.bfloat16, False, 23, 39),  # the router's input and weight to fp32, its result back
-        (torch.float32, True, 26, 42),  # and the weights, each step anew
+        (torch.float32, False, 19, 32),
+        (torch.bfloat16, False, 22, 37),  # the router's input and weight to fp32, its result back
+        (torch.float32, True, 25, 39),  # and the weights, each step anew
     ],
     ids=["fp32", "bf16 weights", "bf16 autocast"],
 )
 def test_kernels_of_a_layer(dtype, autocast, forward, backward):
     with FakeTensorMode():
-        sampling, _ = record(*layer(dtype), autocast, grad=False)
-        training = record(*layer(dtype), autocast)
+        moe, x = layer(dtype)
+        x = x.detach().to(torch.bfloat16 if autocast else dtype).requires_grad_()  # as the norm before it gives it
+        sampling, _ = record(moe, x, autocast=autocast, grad=False)
+        training = record(moe, x, autocast=autocast)
     assert len(sampling.made) == forward, [name for name, _ in sampling.made]
     assert len(training[0].made) == forward, [name for name, _ in training[0].made]
     assert len(training[1].made) == backward, [name for name, _ in training[1].made]
+
+
+@pytest.mark.parametrize(
+    ("experts", "forward", "both"), [("8", 58, 188), ("64 narrow", 73, 316)], ids=["8", "64 narrow"]
+)
+def test_traffic_of_a_layer(experts, forward, both):
+    """Outside of products, in activations of one width, bf16: what an XL layer reads and writes, to one of them."""
+    rows = case_rows(Case("layer", "XL", experts, 16384), flops=1, bandwidth=1)
+    moved = {(row["what"], row["pass"]): round(row["widths moved outside products"]) for row in rows}
+    assert moved == {
+        ("layer, MoE", "forward"): forward,
+        ("layer, MoE", "forward + backward"): both,
+        ("layer, dense", "forward"): 50,
+        ("layer, dense", "forward + backward"): 150,
+    }
 
 
 @pytest.mark.parametrize("experts", [4, 64])
@@ -88,7 +65,7 @@ def test_kernels_do_not_grow_with_experts(experts):
     with FakeTensorMode():
         moe, x = MoE(HIDDEN, 4 * HIDDEN, experts, TOP_K, 2 * HIDDEN), torch.randn(TOKENS, HIDDEN)
         forward, _ = record(moe, x, grad=False)
-    assert len(forward.made) == 20
+    assert len(forward.made) == 19
 
 
 def test_host_never_waits():
@@ -106,26 +83,16 @@ def test_host_never_waits():
 
 
 def test_nothing_wide_of_integers_or_fp32():
-    """No index tensors of T x D; in bf16, activations in fp32 are the router's input and its gradient alone."""
+    """No index tensors of T x D; in bf16, only the router's input and its gradient are fp32, one at a time."""
     config = build_config("DiT-S/2", depth=1, hidden_size=HIDDEN, num_heads=2, num_experts=EXPERTS)
     with FakeTensorMode(), weights_of(torch.bfloat16):
         block = DiTBlock(config, is_moe=True)
-        c = torch.randn(1, HIDDEN)
-        x = torch.randn(1, TOKENS, HIDDEN, requires_grad=True)
-
-        class WithCondition(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.block = block
-
-            def forward(self, x):
-                return self.block(x, c)
-
-        forward, backward = record(WithCondition(), x)
+        x, c = torch.randn(1, TOKENS, HIDDEN, requires_grad=True), torch.randn(1, HIDDEN)
+        forward, backward = record(block, x, c)
     for recorder in (forward, backward):
-        assert recorder.wide(lambda dtype: not dtype.is_floating_point) == []
-    assert forward.wide(lambda dtype: dtype == torch.float32) == ["aten._to_copy.default"]
-    assert backward.wide(lambda dtype: dtype == torch.float32) == ["aten.mm.default"]
+        assert recorder.wide(WIDE, lambda dtype: not dtype.is_floating_point) == []
+    assert forward.wide(WIDE, lambda dtype: dtype == torch.float32) == ["aten._to_copy.default"]
+    assert backward.wide(WIDE, lambda dtype: dtype == torch.float32) == ["aten.mm.default", "aten._to_copy.default"]
 
 
 def test_naive_way_breaks_the_rule():
@@ -135,4 +102,4 @@ def test_naive_way_breaks_the_rule():
     moe.gate.weight.data.zero_()
     moe.gate.weight.data[0] = 1  # one expert gets every token of positive sum, or none
     forward, _ = record(NaiveMoE(moe), torch.rand_like(x), grad=False)
-    assert forward.wide(lambda dtype: not dtype.is_floating_point) == ["aten.repeat.default"] * 2
+    assert forward.wide(WIDE, lambda dtype: not dtype.is_floating_point) == ["aten.repeat.default"] * 2

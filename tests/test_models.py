@@ -4,11 +4,22 @@ import json
 
 import pytest
 import torch
-from conftest import Golden
+from conftest import Golden, traces_fp32
 
 import models
 from cli import UsageError
-from models import DiT, DiT_models, DiTConfig, build_config, build_model, count_parameters, from_published, infer_config
+from models import (
+    CHECKPOINTING,
+    AdaptiveLayerNorm,
+    DiT,
+    DiT_models,
+    DiTConfig,
+    build_config,
+    build_model,
+    count_parameters,
+    from_published,
+    infer_config,
+)
 from moe import EXPERTS, load_balancing_loss
 
 GOLDEN = ("dit_moe_timm_attention", "dit_moe_flash_attention", "dit_dense")
@@ -190,17 +201,75 @@ def test_output_of_an_image_does_not_depend_on_its_batch():
         )
 
 
-def test_activation_checkpointing_changes_nothing():
+@pytest.mark.parametrize("name", ["selective", "full"])
+def test_activation_checkpointing_changes_nothing(name):
     results = []
-    for on in (False, True):
+    for kind in ("none", name):
         model = randomized(tiny())
-        model.activation_checkpointing = on
+        model.set_checkpointing(kind)
         out, routings = model(*inputs(model), return_routing=True)
         (out.square().mean() + load_balancing_loss(routings).sum()).backward()
         results.append([out.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("stream", "modulation", "result"),
+    [
+        (torch.float64, torch.float64, torch.float64),
+        (torch.float32, torch.bfloat16, torch.bfloat16),  # under autocast
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ],
+    ids=["fp64", "autocast", "bf16"],
+)
+def test_adaptive_norm_against_the_formula(stream, modulation, result):
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 16).to(stream).requires_grad_()
+    shift, scale = (torch.randn(3, 16).to(modulation).requires_grad_() for _ in range(2))
+    grad = torch.randn(3, 5, 16).to(result)
+    out = AdaptiveLayerNorm.apply(x, shift, scale, result)
+    found = [out, *torch.autograd.grad(out, (x, shift, scale), grad)]
+
+    centred = x.double() - x.double().mean(dim=-1, keepdim=True)
+    normed = centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+    out = normed * (1 + scale.double()[:, None]) + shift.double()[:, None]
+    expected = [out, *torch.autograd.grad(out, (x, shift, scale), grad.double())]
+    assert [tensor.dtype for tensor in found] == [result, stream, modulation, modulation]
+    tolerance = 1e-10 if stream == torch.float64 else 2e-2
+    for mine, exact in zip(found, expected, strict=True):
+        assert (mine.double() - exact).norm() < tolerance * exact.norm()
+
+
+def test_residual_stream_is_contiguous():
+    """A transposed one would be copied by every norm, and every sum would go across memory."""
+    model = randomized(tiny())
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: streams.append(args[0]))
+    streams = []
+    model(*inputs(model))
+    assert len(streams) == len(model.blocks) and all(x.is_contiguous() for x in streams)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("checkpointing", "autocast"), [("none", False), *((name, True) for name in CHECKPOINTING)])
+def test_compiled_blocks_have_the_gradients(checkpointing, autocast):
+    """In bf16, which all supported versions of PyTorch can trace."""
+    results = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model = randomized(tiny()).to(torch.float32 if autocast else torch.bfloat16)
+        model.set_checkpointing(checkpointing)
+        if compiled:
+            model.compile_blocks()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out, routings = model(*inputs(model), return_routing=True)
+        (out.float().square().mean() + load_balancing_loss(routings).sum()).backward()
+        results.append({"out": out.detach(), **{name: p.grad for name, p in model.named_parameters()}})
+    for name, expected in results[0].items():
+        assert (results[1][name] - expected).norm() <= 0.05 * expected.norm() + 1e-6, name
+
+
+@traces_fp32
 @pytest.mark.slow
 def test_compiled_blocks_agree():
     model = randomized(tiny())

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import traces_fp32
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe import EXPERTS, AddBias, MoE, Routing, load_balancing_loss, load_statistics, router_entropy
+from moe import EXPERTS, AddBias, FP32Linear, MoE, Routing, load_balancing_loss, load_statistics, router_entropy
 
 every_kind = pytest.mark.parametrize("kind", EXPERTS)
 
@@ -190,6 +191,20 @@ def test_routing_describes_the_sorted_order():
     assert torch.equal(routing.order.sort().values, torch.arange(66))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_router_product_in_fp32(autocast):
+    """Whatever autocast says, and with gradients of the dtypes of its inputs."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 8).bfloat16().requires_grad_(), torch.randn(4, 8, requires_grad=True)
+    grad = torch.randn(9, 4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = FP32Linear.apply(x, weight)
+        found = torch.autograd.grad(out, (x, weight), grad)
+    assert out.dtype == torch.float32 and torch.equal(out, F.linear(x.float(), weight))
+    assert torch.equal(found[0], (grad @ weight).bfloat16()) and torch.equal(found[1], grad.T @ x.float())
+
+
+@traces_fp32
 @every_kind
 def test_traces_as_one_graph_without_host_access(kind):
     """A data-dependent host access would break the graph; forward and backward are both one graph."""
@@ -202,6 +217,7 @@ def test_traces_as_one_graph_without_host_access(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@traces_fp32
 @every_kind
 def test_runs_forward_and_backward_on_fake_tensors(kind, dtype):
     """Fake tensors have shapes but no values: reading one, in either direction, raises."""

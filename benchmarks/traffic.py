@@ -1,0 +1,253 @@
+"""What do a MoE layer and a block launch, compute and move on a GPU? Counted on fake tensors, so on any machine.
+
+    python -m benchmarks.traffic
+    python -m benchmarks.traffic --operations        # each operation, with its tensors' bytes
+
+Every operation that reaches the dispatcher below autograd is taken for one kernel, which reads its inputs and writes
+its results once, in eager mode. The prediction gives each the longer of its arithmetic and its bytes, at rates measured
+on such a GPU, with no allowance for launches, for caches, or for products that run below the rate. It is a lower bound,
+which tells operations apart, and tells what a change should gain before it is measured.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import cli
+from benchmarks import harness
+from benchmarks.moe_block import EXPERTS
+from benchmarks.naive import DenseMLP
+from models import DiTBlock, build_config
+from moe import MoE
+
+NO_KERNEL = ("prim.device", "aten.detach", "aten.empty", "aten.new_empty", "aten.empty_like", "aten._unsafe_view")
+WRITTEN_ONLY = ("aten.copy_", "aten.index_put_", "aten.scatter_")  # of what they change in place, nothing is read
+GATHERS = ("aten.index_select", "aten.index.")  # read as much as they write
+RATES = {"flops": 790.0, "bandwidth": 4.3}  # TFLOP/s of bf16 products and TB/s of copies, measured on an H200
+
+
+class Operation(NamedTuple):
+    """One kernel."""
+
+    name: str
+    read: tuple[int, ...]  # bytes of each input
+    written: tuple[int, ...]  # bytes of each result
+    flops: int  # of a product
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.read) + sum(self.written)
+
+    def seconds(self, flops: float, bandwidth: float) -> float:
+        return max(self.flops / flops, self.bytes / bandwidth)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operation that launches a kernel, and what it makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.made: list[tuple[str, Tensor]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        name = str(function)
+        if not function.is_view and not name.startswith(NO_KERNEL):
+            self.operations.append(_operation(name, function, args, kwargs, out))
+            self.made.append((name, out[0] if isinstance(out, (tuple, list)) else out))
+        return out
+
+    def wide(self, elements: int, matches: Callable[[torch.dtype], bool]) -> list[str]:
+        """Operations that make something of at least so many elements, of a dtype that `matches`."""
+        return [name for name, made in self.made if made.numel() >= elements and matches(made.dtype)]
+
+
+def _operation(name: str, function, args, kwargs, out) -> Operation:
+    written = tuple(_size(tensor) for tensor in _tensors(out))
+    only_written = [kwargs[a.name] for a in function._schema.arguments if a.is_out and a.name in kwargs]
+    if name.startswith(WRITTEN_ONLY):
+        only_written.append(args[0])
+        written = (min(written[0], max(_size(tensor) for tensor in _tensors(args[1:]))),)
+    read = tuple(_size(t) for t in _tensors((args, kwargs)) if not any(t is other for other in only_written))
+    if name.startswith(GATHERS):
+        read = tuple(min(size, sum(written)) for size in read)
+    return Operation(name, read, written, _flops(name, args, out))
+
+
+def _tensors(tree) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes; an expanded dimension is there once."""
+    sides = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * math.prod(side for side, stride in sides if stride)
+
+
+def _flops(name: str, args, out) -> int:
+    """2 x multiply-adds of a product; the backward of attention computes one of its two products again."""
+    if name.startswith(("aten.mm", "aten._grouped_mm")):
+        a, b = args[:2]
+        return 2 * a.numel() * b.shape[-1]
+    if name.startswith("aten.addmm"):
+        return 2 * args[1].numel() * args[2].shape[-1]
+    if name.startswith("aten._scaled_dot_product"):
+        backward = "backward" in name
+        q, k = args[1:3] if backward else args[:2]
+        return (10 if backward else 4) * q.numel() * k.shape[2]
+    return 0
+
+
+def record(module: nn.Module, x: Tensor, *more: Tensor, autocast: bool = False, grad: bool = True):
+    """The forward, and the backward to input and weights (empty without `grad`), as a `Recorder` each."""
+    inputs = [each for each in (x, *more) if each.requires_grad]
+    forward, backward = Recorder(), Recorder()
+    with torch.set_grad_enabled(grad), forward, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = module(x, *more)
+        out = out[0] if isinstance(out, tuple) else out
+    if grad:
+        gradient = torch.empty_like(out)
+        with backward:
+            torch.autograd.grad(out, [*inputs, *module.parameters()], gradient)
+    return forward, backward
+
+
+# --------------------------------------------------------------------------------------------------------- what is run
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer (its weights in bf16), or a block under autocast, with 256 tokens an image."""
+
+    what: str  # "layer", "block"
+    model: str
+    experts: str  # key of `moe_block.EXPERTS`
+    tokens: int
+
+
+CASES = (
+    Case("layer", "XL", "8", 16384),
+    Case("layer", "XL", "64 narrow", 16384),
+    Case("layer", "S", "8", 65536),
+    Case("block", "XL", "8", 16384),
+    Case("block", "S", "8", 65536),
+)
+
+
+@contextlib.contextmanager
+def weights_of(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def counted(case: Case) -> dict[str, tuple[Recorder, Recorder]]:
+    """Forward and backward of the MoE, and with a dense SwiGLU of equal FLOPs in its place."""
+    count, top_k, ratio = EXPERTS[case.experts]
+    config = build_config(f"DiT-{case.model}/2", num_experts=count, num_experts_per_tok=top_k, expert_ratio=ratio)
+    width, autocast = config.hidden_size, case.what == "block"
+    found = {}
+    with FakeTensorMode(), weights_of(torch.float32 if autocast else torch.bfloat16):
+        moe = MoE(width, config.expert_width, count, top_k, config.shared_width)
+        for way, layer in (("MoE", moe), ("dense", DenseMLP(moe))):
+            x = torch.empty(case.tokens // 256, 256, width, requires_grad=True)
+            if case.what == "layer":
+                found[way] = record(layer, x)
+                continue
+            block = DiTBlock(config, is_moe=way == "MoE")
+            if way == "dense":
+                block.mlp = layer
+            c = torch.empty(len(x), width, requires_grad=True)
+            found[way] = record(block, x, c, autocast=True)
+    return found
+
+
+def case_rows(case: Case, flops: float, bandwidth: float) -> list[dict]:
+    """A row for each way and pass; units are activations of one width: tokens x D values of bf16."""
+    unit = 2 * case.tokens * build_config(f"DiT-{case.model}/2").hidden_size
+    passes = {
+        way: {"forward": forward.operations, "forward + backward": forward.operations + backward.operations}
+        for way, (forward, backward) in counted(case).items()
+    }
+    seconds = {
+        way: {name: sum(each.seconds(flops, bandwidth) for each in operations) for name, operations in done.items()}
+        for way, done in passes.items()
+    }
+    rows = []
+    for way, done in passes.items():
+        for name, operations in done.items():
+            between = [each for each in operations if not each.flops]
+            rows.append(
+                {
+                    "over dense": seconds[way][name] / seconds["dense"][name],
+                    "products' share": sum(each.flops for each in operations) / flops / seconds[way][name],
+                    "what": f"{case.what}, {way}",
+                    "pass": name,
+                    "model": case.model,
+                    "experts": case.experts,
+                    "tokens": case.tokens,
+                    "kernels": len(operations),
+                    "widths moved outside products": sum(each.bytes for each in between) / unit,
+                    "predicted ms": seconds[way][name] * 1e3,
+                }
+            )
+    return rows
+
+
+def operations_table(case: Case, flops: float, bandwidth: float) -> list[dict]:
+    """Every kernel of the MoE, dearest first."""
+    return sorted(
+        (
+            {
+                "us": operation.seconds(flops, bandwidth) * 1e6,
+                "operation": operation.name,
+                "pass": name,
+                "GFLOP": operation.flops / 1e9,
+                "MB read": " ".join(f"{size / 1e6:.1f}" for size in operation.read),
+                "MB written": " ".join(f"{size / 1e6:.1f}" for size in operation.written),
+            }
+            for name, recorder in zip(("forward", "backward"), counted(case)["MoE"], strict=True)
+            for operation in recorder.operations
+        ),
+        key=lambda row: -row["us"],
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- script
+
+
+def get_parser() -> cli.Parser:
+    parser = harness.get_parser("traffic", __doc__)
+    positive = cli.number_in(1e-3, 1e6)
+    parser.add_argument("--flops", type=positive, default=RATES["flops"], help="of bf16 products, TFLOP/s")
+    parser.add_argument("--bandwidth", type=positive, default=RATES["bandwidth"], help="of a copy, TB/s, both ways")
+    parser.add_switch(parser, "--operations", False, "list the kernels of the first layer and of the first block")
+    return parser
+
+
+def main(args) -> None:
+    device = harness.start(args)
+    flops, bandwidth = args.flops * 1e12, args.bandwidth * 1e12
+    cases = CASES[:1] if args.quick else CASES
+    tables = {"counted, and predicted": [row for case in cases for row in case_rows(case, flops, bandwidth)]}
+    if args.operations:
+        for case in {case.what: case for case in reversed(cases)}.values():
+            tables[f"{case}"] = operations_table(case, flops, bandwidth)
+    harness.report(args, device, tables, goals=[])
+
+
+if __name__ == "__main__":
+    cli.run(main, get_parser())
