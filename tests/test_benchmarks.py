@@ -6,12 +6,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, traces_fp32
 from test_moe import gradients, make_moe, per_token
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sampling
+from analysis.plan import flops
 from benchmarks import __main__ as everything
-from benchmarks import data, harness, moe_block, optimizer_ema, quickstart, sample_step, train_step
+from benchmarks import data, harness, moe_block, optimizer_ema, quickstart, sample_step, traffic, train_step
 from benchmarks.harness import Goal, Rates, Times, WrongResult
 from benchmarks.naive import NaiveMoE, in_another_way, naive_model
 from models import build_config
@@ -22,6 +24,7 @@ ROWS = {  # of the table of goals, that each speaks of on a CPU
     sample_step: {"4", "6"},
     optimizer_ema: {"8"},
     data: set(),
+    traffic: set(),
 }
 
 
@@ -100,6 +103,38 @@ def test_naive_model_is_the_same_network():
     out = model(*inputs)
     assert out.std() > 0.1  # no block is multiplied by zero
     torch.testing.assert_close(naive_model(model)(*inputs), out, rtol=1e-4, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- traffic
+
+
+def test_bytes_and_flops_of_operations():
+    with FakeTensorMode():
+        x, w, rows = torch.empty(4, 8), torch.empty(8, 16), torch.empty(2, dtype=torch.long)
+        with traffic.Recorder() as recorder:
+            y = x @ w
+            y.view(64).mul_(2)  # a view launches nothing
+            y[:2].copy_(y[2:])
+            y.index_select(0, rows)
+            torch.mul(y, y[:1].expand(4, 16), out=torch.empty(4, 16))
+            torch.empty(9, 16).index_put_((rows,), y[:2])
+    assert [tuple(operation)[1:] for operation in recorder.operations] == [
+        ((128, 512), (256,), 2 * 4 * 8 * 16),
+        ((256,), (256,), 0),
+        ((128,), (128,), 0),
+        ((128, 16), (128,), 0),  # two of the rows
+        ((256, 64), (256,), 0),  # the expanded row is there once
+        ((16, 128), (128,), 0),  # nothing is read of what is overwritten
+    ]
+
+
+@traces_fp32
+def test_flops_of_a_block_are_the_planners():
+    forward, backward = traffic.counted(traffic.Case("block", "S", "8", 256))["MoE"]
+    one, two = (flops(build_config("DiT-S/2", num_experts=8, depth=depth)) for depth in (1, 2))
+    assert sum(operation.flops for operation in forward.operations) == two.forward - one.forward
+    both = forward.operations + backward.operations
+    assert sum(operation.flops for operation in both) == two.training - one.training
 
 
 # -------------------------------------------------------------------------------------------------------------- harness
