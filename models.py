@@ -359,25 +359,24 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-CHOICES = {torch.ops.aten.topk.default}  # of experts
-PRODUCTS = CHOICES | {  # operations whose results are dear: matrix products and attention
+PRODUCTS = {  # operations whose results are dear: matrix products, attention, and the choice of experts
     getattr(torch.ops.aten, name).default
     for name in (
-        *("mm", "addmm", "bmm", "_grouped_mm"),
+        *("mm", "addmm", "bmm", "_grouped_mm", "topk"),
         *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
         *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
     )
 }
 
 
-def _keeping(operations: set, _, operation, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in operations else CheckpointPolicy.PREFER_RECOMPUTE
+def _keep_products(_, operation, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-CHECKPOINTING = {  # what a block keeps for its backward, beside its input, as a `context_fn` of `checkpoint`
-    "none": None,  # all that autograd wants
-    "selective": functools.partial(create_selective_checkpoint_contexts, functools.partial(_keeping, PRODUCTS)),
-    "full": functools.partial(create_selective_checkpoint_contexts, functools.partial(_keeping, CHOICES)),
+CHECKPOINTING = {  # what the backward computes again of a block, as options of `checkpoint`
+    "none": None,
+    "selective": {"context_fn": functools.partial(create_selective_checkpoint_contexts, _keep_products)},
+    "full": {},
 }
 
 
@@ -408,10 +407,7 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Routing | None]:  # (N, T, D), (N, D)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self.compute(x, c)
-        # Compiled code may round otherwise the second time, and must not choose other experts for it.
-        keep = self.checkpointing == "selective" or torch.compiler.is_compiling()
-        options = {"context_fn": CHECKPOINTING[self.checkpointing]} if keep else {}
-        return checkpoint(self.compute, x, c, use_reentrant=False, **options)
+        return checkpoint(self.compute, x, c, use_reentrant=False, **CHECKPOINTING[self.checkpointing])
 
     def compute(self, x: Tensor, c: Tensor) -> tuple[Tensor, Routing | None]:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
@@ -554,7 +550,7 @@ class DiT(nn.Module):
             block.attn.backend = ATTENTION_BACKENDS[name]
 
     def set_checkpointing(self, name: str) -> None:
-        """Choose what the backward computes again to save memory, a key of `CHECKPOINTING`; the result is the same.
+        """Choose what the backward computes again to save memory, a key of `CHECKPOINTING`; before `compile_blocks`.
 
         "selective": of each block all but products, attention and choices of experts, which costs little time where
         blocks are compiled, and several times a small block's own where they are not (operations are sorted by the
@@ -566,9 +562,24 @@ class DiT(nn.Module):
             block.checkpointing = name
 
     def compile_blocks(self, fullgraph: bool = True) -> None:
-        """torch.compile each block in place: one compilation serves all, and parameter names stay."""
+        """torch.compile each block in place: one compilation serves all, and parameter names stay.
+
+        Args:
+            fullgraph: False where parts of a block escape compilation.
+
+        Raises:
+            UsageError: selective checkpointing, whose choices the compiler has to see, of such blocks.
+        """
         for block in self.blocks:
-            block.compile(fullgraph=fullgraph)
+            if block.checkpointing != "selective":  # what computes again is the same compiled code, which rounds alike
+                block.compute = torch.compile(block.compute, fullgraph=fullgraph)
+            elif fullgraph:
+                block.compile(fullgraph=True)
+            else:
+                raise UsageError(
+                    "--activation-checkpointing selective with --compile needs whole blocks, which sdp and fsdp do not "
+                    "leave; use full, or --data-parallel ddp"
+                )
 
 
 def count_parameters(model: DiT) -> tuple[int, int]:

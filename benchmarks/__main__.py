@@ -14,7 +14,7 @@ from pathlib import Path
 import cli
 from benchmarks import harness
 
-NAMES = ("traffic", "moe_block", "train_step", "sample_step", "optimizer_ema", "data", "quickstart")
+NAMES = ("traffic", "attention", "moe_block", "train_step", "sample_step", "optimizer_ema", "data", "quickstart")
 
 
 def get_parser() -> cli.Parser:

@@ -63,11 +63,12 @@ def start(args) -> torch.device:
     return device
 
 
-def add_network_arguments(parser: cli.Parser, seconds: float) -> None:
+def add_network_arguments(parser: cli.Parser, seconds: float, compile: bool = True) -> None:
     """The flags of benchmarks that run networks, for at most some `seconds` by default."""
     parser.add_argument("--seconds", type=cli.number_in(1, 1e6), default=seconds, help="begin no case after so long")
     parser.add_argument("--precision", choices=sampling.PRECISIONS, help="bf16 on a GPU, else fp32")
-    parser.add_switch(parser, "--compile", None, "measure compiled ones too (default: on a GPU)")
+    if compile:
+        parser.add_switch(parser, "--compile", None, "measure compiled ones too (default: on a GPU)")
 
 
 def start_network(args) -> "tuple[torch.device, torch.dtype, Rates, TimeLimit]":

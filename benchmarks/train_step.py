@@ -10,6 +10,7 @@ memory of activations, as the planner computes it and as a GPU has it, and on a 
 
 import contextlib
 import copy
+import itertools
 import math
 import os
 import tempfile
@@ -223,29 +224,30 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def memory_rows(device: torch.device, name: str) -> list[dict]:
-    """Peak memory per image under autocast to bf16, as the planner has it, and on a GPU as measured: the slope between
-    two batches of what forward and backward take. Gradients are there before."""
+    """Peak memory per image under autocast to bf16: as the planner has it, and on a GPU as measured.
+
+    Measured is the slope between two batches of what forward and backward take; gradients are there before.
+    """
     planned = plan(f"DiT-{name}/2", batch_size=1, num_experts=8)
     computed = {kind: getattr(planned, kind).memory.activations / 1e6 for kind in CHECKPOINTING}
     rows = [memory_row("computed", kind, computed[kind], computed[kind]) for kind in CHECKPOINTING]
-    for compiled in (False, True) if device.type == "cuda" else ():
+    for kind, compiled in itertools.product(CHECKPOINTING, (False, True)) if device.type == "cuda" else ():
         model = harness.random_model(config_of(name), device)
+        model.set_checkpointing(kind)
         if compiled:
             model.compile_blocks()
-        for kind in CHECKPOINTING:
-            model.set_checkpointing(kind)
-            few, many = (32, 64) if kind == "full" else (8, 16)
-            peaks = {}
-            for images in (few, few, many):  # the first makes gradients and, if asked, compiles
-                inputs = harness.random_inputs(model.config, images, device)
-                torch.cuda.reset_peak_memory_stats(device)
-                with torch.autocast("cuda", torch.bfloat16):
-                    out, _ = model(*inputs, return_routing=True)
-                out.float().square().mean().backward()
-                peaks[images] = torch.cuda.max_memory_allocated(device)
-            measured = (peaks[many] - peaks[few]) / (many - few) / 1e6
-            rows.append(memory_row("compiled" if compiled else "eager", kind, measured, computed[kind]))
-        del model
+        few, many = (32, 64) if kind == "full" else (8, 16)
+        peaks = {}
+        for images in (few, few, many):  # the first makes gradients and, if asked, compiles
+            inputs = harness.random_inputs(model.config, images, device)
+            torch.cuda.reset_peak_memory_stats(device)
+            with torch.autocast("cuda", torch.bfloat16):
+                out, _ = model(*inputs, return_routing=True)
+            out.float().square().mean().backward()
+            peaks[images] = torch.cuda.max_memory_allocated(device)
+        measured = (peaks[many] - peaks[few]) / (many - few) / 1e6
+        rows.append(memory_row("compiled" if compiled else "eager", kind, measured, computed[kind]))
+        del model, out
         torch.cuda.empty_cache()
     return rows
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import sampling
 from analysis.plan import flops
 from benchmarks import __main__ as everything
-from benchmarks import data, harness, moe_block, optimizer_ema, quickstart, sample_step, traffic, train_step
+from benchmarks import attention, data, harness, moe_block, optimizer_ema, quickstart, sample_step, traffic, train_step
 from benchmarks.harness import Goal, Rates, Times, WrongResult
 from benchmarks.naive import NaiveMoE, in_another_way, naive_model
 from models import build_config
@@ -25,6 +25,7 @@ ROWS = {  # of the table of goals, that each speaks of on a CPU
     optimizer_ema: {"8"},
     data: set(),
     traffic: set(),
+    attention: set(),
 }
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, script
 
+import runs
 from cli import Parser, boolean, run
 
 SCRIPTS = (
@@ -33,6 +34,17 @@ def parser() -> Parser:
 def test_dashes_and_underscores_are_the_same():
     args = parser().parse_args(["--global_batch_size", "3", "--num-experts=4", "--rf"])
     assert (args.global_batch_size, args.num_experts, args.rf) == (3, 4, True)
+
+
+def test_activation_checkpointing_may_be_named_or_not(capsys):
+    p = Parser(prog="x")
+    runs.add_training_arguments(p)
+    given = ([], [()], [("selective",)], [("True",)], [("False",)])
+    chosen = [p.parse_args(["--activation-checkpointing", *value[0]] if value else []) for value in given]
+    assert [args.activation_checkpointing for args in chosen] == ["none", "full", "selective", "full", "none"]
+    with pytest.raises(SystemExit):
+        p.parse_args(["--activation-checkpointing", "half"])
+    assert "none, selective, full" in capsys.readouterr().err.replace("'", "")
 
 
 def test_switches_mean_what_they_say():

@@ -213,6 +213,15 @@ def test_activation_checkpointing_changes_nothing(name):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_wrong_activation_checkpointing():
+    model = tiny()
+    with pytest.raises(UsageError, match="'fall'; did you mean full"):
+        model.set_checkpointing("fall")
+    model.set_checkpointing("selective")
+    with pytest.raises(UsageError, match="needs whole blocks.*use full"):
+        model.compile_blocks(fullgraph=False)
+
+
 @pytest.mark.parametrize(
     ("stream", "modulation", "result"),
     [
