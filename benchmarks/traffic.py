@@ -73,12 +73,13 @@ class Recorder(TorchDispatchMode):
 
 
 def _operation(name: str, function, args, kwargs, out) -> Operation:
+    outs = {argument.name for argument in function._schema.arguments if argument.is_out}
+    inputs = _tensors((args, [value for key, value in kwargs.items() if key not in outs]))
     written = tuple(_size(tensor) for tensor in _tensors(out))
-    only_written = [kwargs[a.name] for a in function._schema.arguments if a.is_out and a.name in kwargs]
     if name.startswith(WRITTEN_ONLY):
-        only_written.append(args[0])
-        written = (min(written[0], max(_size(tensor) for tensor in _tensors(args[1:]))),)
-    read = tuple(_size(t) for t in _tensors((args, kwargs)) if not any(t is other for other in only_written))
+        inputs = inputs[1:]
+        written = (min(written[0], max(_size(tensor) for tensor in inputs)),)
+    read = tuple(_size(tensor) for tensor in inputs)
     if name.startswith(GATHERS):
         read = tuple(min(size, sum(written)) for size in read)
     return Operation(name, read, written, _flops(name, args, out))

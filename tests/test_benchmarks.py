@@ -119,6 +119,7 @@ def test_bytes_and_flops_of_operations():
             y.index_select(0, rows)
             torch.mul(y, y[:1].expand(4, 16), out=torch.empty(4, 16))
             torch.empty(9, 16).index_put_((rows,), y[:2])
+            torch.mul(y, 2, out=y)
     assert [tuple(operation)[1:] for operation in recorder.operations] == [
         ((128, 512), (256,), 2 * 4 * 8 * 16),
         ((256,), (256,), 0),
@@ -126,6 +127,7 @@ def test_bytes_and_flops_of_operations():
         ((128, 16), (128,), 0),  # two of the rows
         ((256, 64), (256,), 0),  # the expanded row is there once
         ((16, 128), (128,), 0),  # nothing is read of what is overwritten
+        ((256,), (256,), 0),  # but of what is also an input
     ]
 
 
