@@ -506,7 +506,10 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def init_unit(self, unit: list[nn.Module]) -> None:
-        """Xavier-uniform linears; label table and timestep MLP N(0, 0.02); modulations and the final linear zero."""
+        """Xavier-uniform linears; label table and timestep MLP N(0, 0.02); modulations and the final linear zero.
+
+        Every parameter is written: what a model on the meta device gets before is memory as it was left.
+        """
         for module in (module for part in unit for module in part.modules()):
             if isinstance(module, nn.Linear):
                 for projection in module.weight.chunk(getattr(module, "stacked", 1)):
@@ -516,6 +519,8 @@ class DiT(nn.Module):
             elif isinstance(module, PatchEmbed):
                 nn.init.xavier_uniform_(module.proj.weight.flatten(1))
                 nn.init.zeros_(module.proj.bias)
+            elif isinstance(module, HeadNorm):
+                module.reset_parameters()
         for part in unit:
             if isinstance(part, LabelEmbedder):
                 nn.init.normal_(part.embedding_table.weight, std=0.02)
@@ -564,22 +569,14 @@ class DiT(nn.Module):
     def compile_blocks(self, fullgraph: bool = True) -> None:
         """torch.compile each block in place: one compilation serves all, and parameter names stay.
 
-        Args:
-            fullgraph: False where parts of a block escape compilation.
-
-        Raises:
-            UsageError: selective checkpointing, whose choices the compiler has to see, of such blocks.
+        Last of all: a copy that is made afterwards would compute with this model's weights. `fullgraph` False: parts of
+        a block escape compilation.
         """
         for block in self.blocks:
-            if block.checkpointing != "selective":  # what computes again is the same compiled code, which rounds alike
+            if block.checkpointing == "selective":  # the compiler has to see what is kept
+                block.compile(fullgraph=fullgraph)
+            else:  # what computes a second time is the same code, which rounds alike
                 block.compute = torch.compile(block.compute, fullgraph=fullgraph)
-            elif fullgraph:
-                block.compile(fullgraph=True)
-            else:
-                raise UsageError(
-                    "--activation-checkpointing selective with --compile needs whole blocks, which sdp and fsdp do not "
-                    "leave; use full, or --data-parallel ddp"
-                )
 
 
 def count_parameters(model: DiT) -> tuple[int, int]:

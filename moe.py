@@ -299,6 +299,9 @@ class AddBias(torch.autograd.Function):
 class LinearOnto(nn.Linear):
     """onto + x W^T, added in the product's own kernel."""
 
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
     def forward(self, x: Tensor, onto: Tensor) -> Tensor:
         return torch.addmm(onto, x, self.weight.T)
 
@@ -310,7 +313,7 @@ class SharedExperts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Linear(hidden_size, 2 * width, bias=False)
         self.gate_up_proj.stacked = 2  # projections, each initialised on its own
-        self.down_proj = LinearOnto(width, hidden_size, bias=False)
+        self.down_proj = LinearOnto(width, hidden_size)
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:  # (T, D) each
         return self.down_proj(SwiGLU.apply(self.gate_up_proj(x)), out)

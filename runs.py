@@ -18,7 +18,7 @@ import distributed
 import evaluation
 import profiling
 import sampling
-from cli import Parser, UsageError, natural_int, number_in, positive_int
+from cli import Parser, UsageError, boolean, natural_int, number_in, positive_int
 from data import BatchSchedule, ImageData, SpaceInfo, load_space, require_folder, space_info
 from diffusion import GaussianDiffusion, RectifiedFlow
 from files import write_json
@@ -27,6 +27,16 @@ from models import CHECKPOINTING, DiT_models, DiTConfig, build_config, check_att
 from optim import SCHEDULES
 
 # ---------------------------------------------------------------------------------------------------------------- flags
+
+
+def checkpointing(text: str) -> str:
+    """A key of `CHECKPOINTING`, or, as for a switch, True (full) or False (none)."""
+    if text in CHECKPOINTING:
+        return text
+    try:
+        return "full" if boolean(text) else "none"
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected {', '.join(CHECKPOINTING)}, True or False, got {text!r}") from None
 
 
 def add_training_arguments(parser: Parser) -> None:
@@ -97,13 +107,13 @@ def add_training_arguments(parser: Parser) -> None:
     group = sampling.add_machine_arguments(parser)
     group.add_argument(
         "--activation-checkpointing",
-        type=lambda text: {"true": "full", "false": "none"}.get(text.lower(), text),
-        choices=CHECKPOINTING,
+        type=checkpointing,
+        metavar="KIND",
         nargs="?",
         const="full",
         default="none",
-        help="what the backward computes again, to save memory: all of a block (full: also where nothing is named), "
-        "or all but its products (selective: to be used with --compile)",
+        help="what the backward computes again, to save memory: none, all of a block (full; so without a KIND), or all "
+        "but its products (selective, for --compile with ddp)",
     )
     parser.add_switch(group, "--deterministic", False, "bit-identical repeat runs on a GPU too, slower")
     group.add_argument(

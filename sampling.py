@@ -487,9 +487,10 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
         raise UsageError("--cuda-graph needs a GPU and --precision bf16")
     model.set_attention(args.attention)
     check_attention(args.attention, device, dtype, weights.config.hidden_size // weights.config.num_heads)
-    checkpoint.load_into(model, weights, device, dtype)
     if args.compile:
         check_compile(weights.config, dtype)
+    checkpoint.load_into(model, weights, device, dtype)
+    if args.compile:
         model.compile_blocks()
     model.eval().requires_grad_(False)
     network = captured(model) if args.cuda_graph else model

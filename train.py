@@ -82,6 +82,11 @@ class DDPEngine:
     def __init__(self, run: runs.Run):
         args = run.args
         self.args, self.device, self.processes = args, run.processes.device, run.processes
+        if args.activation_checkpointing == "selective" and not self.blocks_are_whole:
+            raise cli.UsageError(
+                f"--activation-checkpointing selective does not go with --data-parallel {args.data_parallel}, "
+                "which gathers weights inside each block; use full, or --data-parallel ddp"
+            )
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)

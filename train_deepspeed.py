@@ -262,10 +262,14 @@ class ZeroEngine:
         args = run.args
         self.args, self.device, self.processes = args, run.processes.device, run.processes
         self.stage, self.world_size = config["zero_optimization"]["stage"], run.processes.world_size
-        if self.stage == 3 and args.compile:
-            raise UsageError(
-                "--compile does not go with ZeRO-3, which gathers weights inside each block; use zero2.json"
-            )
+        for flag, given in (
+            ("--compile", args.compile),
+            ("--activation-checkpointing selective", args.activation_checkpointing == "selective"),
+        ):
+            if given and self.stage == 3:
+                raise UsageError(
+                    f"{flag} does not go with ZeRO-3, which gathers weights inside each block; use zero2.json"
+                )
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)

@@ -195,7 +195,7 @@ class Activations:
     block: int  # what the largest block then saves
     products: int  # with selective checkpointing, beside `kept`: results of products and attention in all blocks
     block_products: int  # those of that block
-    passing: int  # gradients on their way, in either case: the residual stream's and a hidden layer's
+    passing: int  # gradients on their way, in any case: the residual stream's and a hidden layer's
 
 
 def activations(config: DiTConfig, precision: Precision) -> Activations:
@@ -464,7 +464,7 @@ class Plan:
     parameters: Parameters
     flops: Flops
     none: Outlook
-    selective: Outlook
+    selective: Outlook | None  # not where weights are gathered inside each block
     full: Outlook
 
 
@@ -553,7 +553,9 @@ def plan(
         peak,
         parameters,
         flops(config),
-        **{name: outlook(name) for name in CHECKPOINTING},
+        none=outlook("none"),
+        selective=None if strategy.weights else outlook("selective"),
+        full=outlook("full"),
     )
 
 
@@ -619,7 +621,7 @@ def report(p: Plan) -> str:
         f"{p.model}{experts}; {p.image_size}x{p.image_size} images, {tokens_per_image(config)} tokens each",
         f"  parameters  {p.parameters.total:,}, activated per token {p.parameters.activated:,}",
         f"  forward     {work.forward / 1e9:,.1f} GFLOP per image, {work.linear / 1e9:,.1f} without attention products",
-        f"  training    {work.training / 1e9:,.1f} GFLOP per image, {work.checkpointed / 1e9:,.1f} checkpointed",
+        f"  training    {work.training / 1e9:,.1f} GFLOP per image, {work.checkpointed / 1e9:,.1f} fully checkpointed",
         "",
         f"{p.data_parallel} on {p.gpus} {p.gpu}{across}; {p.precision}, {sizes}, "
         f"{p.gpus * p.batch_size * p.accum_iter} per step",
@@ -631,24 +633,25 @@ def report(p: Plan) -> str:
     def line(title: str, *values) -> None:
         lines.append(f"{title:<44}" + "".join(f"{value:>16}" for value in values))
 
-    def both(title: str, show) -> None:
-        line(title, *(show(getattr(p, name)) for name in CHECKPOINTING))
+    def each(title: str, show) -> None:
+        outlooks = (getattr(p, name) for name in CHECKPOINTING)
+        line(title, *("-" if outlook is None else show(outlook) for outlook in outlooks))
 
     def quantities(part: str, scale: float, titles: dict[str, str]) -> None:
         for name, title in titles.items():
-            both(f"  {title}", lambda o, name=name: f"{getattr(getattr(o, part), name) / scale:,.1f}")
+            each(f"  {title}", lambda o, name=name: f"{getattr(getattr(o, part), name) / scale:,.1f}")
 
     line("activation checkpointing", *CHECKPOINTING)
     lines.append("memory per GPU, GB")
     quantities("memory", 1e9, MEMORY_TITLES)
-    both(f"  fits in {p.hardware.memory:g} GB", lambda o: "yes" if o.fits else "NO")
-    both("  largest batch per GPU that fits", lambda o: str(o.largest_batch))
+    each(f"  fits in {p.hardware.memory:g} GB", lambda o: "yes" if o.fits else "NO")
+    each("  largest batch per GPU that fits", lambda o: str(o.largest_batch))
     if p.gpus > 1:
         lines.append("sent per GPU and step, GB")
         quantities("communication", 1e9, COMMUNICATION_TITLES)
     lines.append("time per step at peak rates, ms")
     quantities("time", 1e-3, TIME_TITLES)
-    both("images/s of all GPUs, at most", lambda o: f"{o.images_per_second:,.0f}")
+    each("images/s of all GPUs, at most", lambda o: f"{o.images_per_second:,.0f}")
     return "\n".join(lines)
 
 
@@ -682,7 +685,8 @@ def alternatives(settings: dict) -> str:
         other = plan(**(settings | {"data_parallel": name}))
         held = other.none.memory
         state = (held.weights + held.gradients + held.optimizer + held.ema) / 1e9
-        batches = "".join(f"{getattr(other, kind).largest_batch:>16}" for kind in CHECKPOINTING)
+        outlooks = (getattr(other, kind) for kind in CHECKPOINTING)
+        batches = "".join(f"{'-' if outlook is None else outlook.largest_batch:>16}" for outlook in outlooks)
         lines.append(f"  {name:<42}{state:>16.1f}{batches}")
     return "\n".join(lines)
 

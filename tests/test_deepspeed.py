@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -371,3 +372,11 @@ def test_help_does_not_import_deepspeed():
         "import sys, train_deepspeed; train_deepspeed.get_parser().format_help(); sys.exit('deepspeed' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_selective_checkpointing_does_not_go_with_zero3():
+    """DeepSpeed adds biases in place, to the very results that selective checkpointing keeps."""
+    args = SimpleNamespace(activation_checkpointing="selective", compile=False)
+    run = SimpleNamespace(args=args, processes=SimpleNamespace(device=torch.device("cpu"), world_size=1))
+    with pytest.raises(cli.UsageError, match="selective does not go with ZeRO-3"):
+        train_deepspeed.ZeroEngine(run, {"zero_optimization": {"stage": 3}})

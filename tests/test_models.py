@@ -171,16 +171,19 @@ def test_options_train_and_describe_themselves(options):
     assert DiTConfig.from_dict(json.loads(json.dumps(model.config.to_dict()))) == model.config
 
 
-def test_a_model_made_unit_by_unit_equals_one_made_whole():
-    units, states = [], []
+@pytest.mark.parametrize("options", [dict(qk_norm=True), dict(expert_mlp="gelu", moe_layers="every-2")], ids=str)
+def test_a_model_made_unit_by_unit_equals_one_made_whole(options):
+    whole, units, states = tiny(**options), [], []
+    torch.manual_seed(3)
+    whole.init_weights()
     for then in (None, units.append):
         with torch.device("meta"):
-            model = tiny(num_experts=4)
+            model = tiny(**options)
         torch.manual_seed(3)
         model.materialize(torch.device("cpu"), then)
         states.append(model.state_dict())
     first, state = states
-    assert torch.equal(state["pos_embed"], tiny().pos_embed)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in whole.state_dict().items())
     assert len(units) == 4 and {p for part in units for m in part for p in m.parameters()} == set(model.parameters())
     assert all(torch.equal(first[name], state[name]) for name in first)
     assert not torch.equal(state["blocks.0.attn.qkv.weight"], state["blocks.1.attn.qkv.weight"])
@@ -217,9 +220,6 @@ def test_wrong_activation_checkpointing():
     model = tiny()
     with pytest.raises(UsageError, match="'fall'; did you mean full"):
         model.set_checkpointing("fall")
-    model.set_checkpointing("selective")
-    with pytest.raises(UsageError, match="needs whole blocks.*use full"):
-        model.compile_blocks(fullgraph=False)
 
 
 @pytest.mark.parametrize(
@@ -260,22 +260,43 @@ def test_residual_stream_is_contiguous():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("checkpointing", "autocast"), [("none", False), *((name, True) for name in CHECKPOINTING)])
-def test_compiled_blocks_have_the_gradients(checkpointing, autocast):
-    """In bf16, which all supported versions of PyTorch can trace."""
-    results = []
-    for compiled in (False, True):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_blocks_have_the_gradients(autocast):
+    """In bf16, which all supported versions of PyTorch can trace. The more is computed again, the less is kept."""
+
+    def gradients(checkpointing: str, compiled: bool) -> tuple[dict, int]:
+        """And the bytes of distinct storages, beside the weights, that the forward saved."""
         torch.compiler.reset()
-        model = randomized(tiny()).to(torch.float32 if autocast else torch.bfloat16)
+        model = randomized(tiny(qk_norm=True, moe_layers="0,2")).to(torch.float32 if autocast else torch.bfloat16)
         model.set_checkpointing(checkpointing)
         if compiled:
             model.compile_blocks()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out, routings = model(*inputs(model), return_routing=True)
+        saved = {}
+
+        def note(tensor):
+            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            out, routings = model(*inputs(model, 16), return_routing=True)
         (out.float().square().mean() + load_balancing_loss(routings).sum()).backward()
-        results.append({"out": out.detach(), **{name: p.grad for name, p in model.named_parameters()}})
-    for name, expected in results[0].items():
-        assert (results[1][name] - expected).norm() <= 0.05 * expected.norm() + 1e-6, name
+        for parameter in model.parameters():
+            saved.pop(parameter.untyped_storage()._cdata, None)
+        kept = sum(storage.nbytes() for storage in saved.values())
+        return {"out": out.detach(), **{name: p.grad for name, p in model.named_parameters()}}, kept
+
+    expected, _ = gradients("none", compiled=False)
+    kept = {}
+    for checkpointing in CHECKPOINTING if autocast else ["none"]:
+        found, kept[checkpointing] = gradients(checkpointing, compiled=True)
+        for name, gradient in expected.items():
+            if not name.endswith("k_norm.bias"):  # whose gradient is zero but for rounding
+                assert (found[name] - gradient).norm() <= 0.1 * gradient.norm() + 1e-6, (checkpointing, name)
+    if autocast:
+        assert kept["full"] < kept["selective"] / 4 and kept["selective"] < 0.75 * kept["none"], kept
 
 
 @traces_fp32

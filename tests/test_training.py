@@ -9,19 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, script
 from safetensors.torch import load_file
+from torch.torch_version import TorchVersion
 
 import checkpoint
 import cli
 import runs
+import sampling
 import train
 import training
 from distributed import Processes
-from models import build_model
+from models import build_config, build_model
 from moe import load_balancing_loss
 from optim import EMA, lr_factor, parameter_groups
 
@@ -709,3 +712,22 @@ def test_precision_of_accelerate_launch_is_used(monkeypatch):
 def test_processes_of_one_need_no_process_group():
     alone = Processes(0, 0, 1, torch.device("cpu"))
     assert alone.from_main(3) == 3 and alone.gather("x") == ["x"] and alone.sum(torch.ones(2)).tolist() == [1.0, 1.0]
+
+
+def test_selective_checkpointing_needs_whole_blocks():
+    """FSDP's own work within a block would not be the same the second time."""
+    args = SimpleNamespace(activation_checkpointing="selective", data_parallel="sdp")
+    run = SimpleNamespace(args=args, processes=SimpleNamespace(device=torch.device("cpu")))
+    with pytest.raises(cli.UsageError, match="selective does not go with --data-parallel sdp.*use full"):
+        train.FSDPEngine(run)
+
+
+def test_experts_that_an_old_pytorch_cannot_trace_are_refused(monkeypatch):
+    sparse, dense = build_config("DiT-Nano/2", num_experts=4), build_config("DiT-Nano/2")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
+    with pytest.raises(cli.UsageError, match="experts in float16 needs PyTorch 2.15 or newer, this is 2.11.0"):
+        sampling.check_compile(sparse, torch.float16)
+    sampling.check_compile(sparse, torch.bfloat16)
+    sampling.check_compile(dense, torch.float32)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.15.0"))
+    sampling.check_compile(sparse, torch.float32)
