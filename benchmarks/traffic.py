@@ -82,7 +82,7 @@ def _operation(name: str, function, args, kwargs, out) -> Operation:
     read = tuple(_size(tensor) for tensor in inputs)
     if name.startswith(GATHERS):
         read = tuple(min(size, sum(written)) for size in read)
-    return Operation(name, read, written, _flops(name, args, out))
+    return Operation(name, read, written, _flops(name, args))
 
 
 def _tensors(tree) -> list[Tensor]:
@@ -95,7 +95,7 @@ def _size(tensor: Tensor) -> int:
     return tensor.element_size() * math.prod(side for side, stride in sides if stride)
 
 
-def _flops(name: str, args, out) -> int:
+def _flops(name: str, args) -> int:
     """2 x multiply-adds of a product; the backward of attention computes one of its two products again."""
     if name.startswith(("aten.mm", "aten._grouped_mm")):
         a, b = args[:2]
