@@ -1,0 +1,72 @@
+"""JSON that a person or another program may have touched: read, and compared with a type that says what it must hold.
+
+The type is the format's documentation, a TypedDict (of `typing_extensions`, as pydantic wants it before Python 3.12)
+whose fields carry their ranges: `step: Annotated[int, Field(ge=0)]`. Fields that it does not name may be there: a newer
+version may write more.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cli import UsageError
+
+
+class BadRecord(UsageError):
+    """JSON that is unreadable, or not what its type says; names the file, the field, its value, what was expected."""
+
+
+def read_record(path: Path, kind: type, what_to_do: str = "") -> Any:
+    """The content of a JSON file, which is as `kind` says.
+
+    Args:
+        kind: a type, such as a TypedDict with ranges (see above).
+        what_to_do: ends the message of an error.
+
+    Raises:
+        BadRecord: it cannot be read, is no JSON, is nested too deeply, or differs from `kind`.
+    """
+    advice = f"; {what_to_do}" if what_to_do else ""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadRecord(f"{path} cannot be read: {error.strerror or error}{advice}") from None
+    except RecursionError:
+        raise BadRecord(f"{path} is nested too deeply to be read{advice}") from None
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise BadRecord(f"{path} is not JSON ({error}){advice}") from None
+    return check_record(content, kind, path, what_to_do)
+
+
+def check_record(content: Any, kind: type, source: object, what_to_do: str = "") -> Any:
+    """`content`, as it is, if it is as `kind` says; numbers and strings are never taken for one another.
+
+    Raises:
+        BadRecord: names `source`, the first field that differs, its value, and what was expected.
+    """
+    from pydantic import ValidationError  # takes a moment to import
+
+    try:
+        _adapter(kind).validate_python(content, strict=True)
+    except ValidationError as failure:
+        raise BadRecord(f"{source}: {_in_words(failure)}{f'; {what_to_do}' if what_to_do else ''}") from None
+    return content
+
+
+@cache
+def _adapter(kind: type):
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _in_words(failure) -> str:
+    """`files.ema.bytes is -1, input should be greater than or equal to 0`."""
+    error = failure.errors(include_url=False)[0]
+    field = ".".join(map(str, error["loc"])) or "the whole"
+    if error["type"] == "missing":
+        return f"{field} is missing"
+    value = repr(error["input"])
+    value = value if len(value) <= 60 else f"{value[:60]}..."
+    return f"{field} is {value}, {error['msg'][:1].lower()}{error['msg'][1:]}"
