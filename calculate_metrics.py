@@ -149,7 +149,7 @@ def open_samples(args, device: torch.device) -> Images:
     args.ckpt = path
     precision = sampling.choose_precision(args.precision, device)
     loaded = sampling.load_for_sampling(args, device, sampling.set_precision(precision))
-    labels = sampling.LABELS[args.labels](args.num_samples, loaded.model.config.num_classes, args.seed)
+    labels = sampling.LABELS[args.labels](args.num_samples, loaded.classes, args.seed)
     record = {"source": str(loaded.source), "settings": loaded.record(precision) | {"labels": args.labels}}
     return DrawnImages(
         loaded.network, loaded.objective, loaded.space, labels, loaded.settings, loaded.image_size, record

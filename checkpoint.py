@@ -14,6 +14,7 @@ Published `.pt` files load too, by PyTorch's restricted unpickler with `argparse
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import pickle
@@ -24,17 +25,83 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Any, NotRequired
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
+from classes import Classes
 from cli import UsageError
 from files import UNFINISHED, digest, digest_of, flush_to_disk, write_json
 from models import DiT, DiT_models, DiTConfig, from_published, infer_config
+from records import BadRecord, check_record, parse_record, read_record
 
 FORMAT = 1
+DESCRIPTION = "description"  # the metadata of an exported safetensors file that says what shapes cannot tell
+
+Natural = Annotated[int, Field(ge=0)]
+
+
+class File(TypedDict):
+    sha256: str
+    bytes: Natural
+
+
+class Manifest(TypedDict):
+    """manifest.json"""
+
+    format: int
+    files: dict[str, File]
+    sha256: str
+
+
+class Objective(TypedDict):
+    name: str  # its settings stand beside it
+
+
+class Data(TypedDict):
+    class_names: NotRequired[list[str]]
+    fingerprint: NotRequired[str]
+
+
+class Description(TypedDict):
+    """What is to be known of weights besides the tensors: config.json, and what an exported file carries."""
+
+    format: int
+    model: dict[str, Any]  # of DiTConfig, which checks it
+    objective: Objective
+    space: NotRequired[dict[str, Any]]
+    image_size: NotRequired[Annotated[int, Field(ge=1)]]
+    step: NotRequired[Natural]
+    data: NotRequired[Data]
+
+
+class Index(TypedDict):
+    """`*.index.json` of a sharded export"""
+
+    weight_map: dict[str, str]
+
+
+class Window(TypedDict):
+    steps: Natural
+    sums: dict[str, float]
+    counts: list[list[float]]
+
+
+class State(TypedDict):
+    """state.json"""
+
+    step: Natural
+    skipped: Natural
+    bad_in_a_row: Natural
+    unreadable: list[Natural]
+    window: Window
+    total_steps: Natural
+    flags: dict[str, Any]
 
 
 class DamagedCheckpoint(UsageError):
@@ -146,14 +213,16 @@ def verify(folder: Path, files: tuple[str, ...] | None = None) -> None:
 
     Raises:
         DamagedCheckpoint: names the first file that is missing or different.
+        UsageError: a newer version wrote it.
     """
     try:
-        content = read_json(folder, "manifest")
-        manifest = content["files"]
-        if content.pop("sha256") != digest_of(content):
-            raise ValueError("it does not match its own SHA-256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        content = read_record(folder / "manifest.json", Manifest)
+    except BadRecord as error:
         raise DamagedCheckpoint(f"{folder} has no good manifest.json ({error})") from None
+    manifest = content["files"]
+    if content.pop("sha256") != digest_of(content):
+        raise DamagedCheckpoint(f"{folder} has no good manifest.json (it does not match its own SHA-256)")
+    check_format(content, folder)
     for name in files or manifest:
         if name not in manifest or not (folder / name).is_file():
             raise DamagedCheckpoint(f"{folder} lacks {name}")
@@ -183,8 +252,25 @@ def newest_good(run: Path) -> Path | None:
     return None
 
 
-def read_json(folder: Path, stem: str) -> dict:
-    return json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
+def check_format(record: dict, source: object) -> None:
+    """Raises UsageError for what another version wrote."""
+    if record["format"] != FORMAT:
+        raise UsageError(f"{source} has format {record['format']}, this version reads {FORMAT}: use the one it is of")
+
+
+def read_config(folder: Path) -> Description:
+    """What config.json says. Raises UsageError."""
+    config = read_record(folder / "config.json", Description)
+    check_format(config, folder / "config.json")
+    return config
+
+
+def read_state(folder: Path) -> State:
+    """What state.json says, which has to be of the step that config.json names. Raises UsageError."""
+    state, config = read_record(folder / "state.json", State), read_config(folder)
+    if state["step"] != config.get("step"):
+        raise UsageError(f"{folder}: state.json is of step {state['step']}, config.json of {config.get('step')}")
+    return state
 
 
 def read_tensors(folder: Path, stem: str) -> "LazyTensors":
@@ -203,13 +289,14 @@ class LazyTensors(Mapping):
     """
 
     def __init__(self, *paths: Path):
-        self._files = {}
+        self._files, self.metadata = {}, {}
         for path in paths:
             try:
                 file = safe_open(path, "pt")
             except (SafetensorError, OSError) as error:
                 raise UsageError(f"{path} is not a readable safetensors file ({_first_line(error)})") from None
             self._files |= dict.fromkeys(file.keys(), file)
+            self.metadata |= file.metadata() or {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
@@ -239,7 +326,7 @@ class Weights:
     tensors: Mapping[str, Tensor]  # as in the file
     meta: dict[str, Tensor]  # under this project's names, on the meta device
     config: DiTConfig
-    record: dict | None  # config.json of a checkpoint of ours; None where the file does not describe itself
+    record: Description | None  # of a checkpoint or exported file of ours; None where the file does not describe itself
     source: Path
 
     @cached_property
@@ -248,14 +335,23 @@ class Weights:
         return from_published(self.tensors)
 
     @property
-    def objective(self) -> str | None:
-        """`ddpm` or `rf`: as recorded, or else as the weights betray it, or None.
+    def classes(self) -> Classes:
+        names = () if self.record is None else self.record.get("data", {}).get("class_names", ())
+        return Classes(self.config.num_classes, tuple(names))
+
+    @property
+    def objective(self) -> dict:
+        """`config()` of the objective: as recorded, or else the name alone, as the weights betray it, or {}.
 
         Rectified flow never trains the variance channels, whose rows of the final linear start at zero: all zero there
-        and not elsewhere means rectified flow.
+        and not elsewhere means rectified flow, or a DDPM whose variance was not learned.
         """
         if self.record is not None:
-            return self.record["objective"]["name"]
+            return self.record["objective"]
+        name = self._betrayed_objective()
+        return {} if name is None else {"name": name}
+
+    def _betrayed_objective(self) -> str | None:
         if not self.config.learn_sigma:
             return None
         name = next(name for name in self.tensors if name.endswith("final_layer.linear.weight"))
@@ -276,7 +372,7 @@ def load_weights(path: str | Path, which: str = "ema", **known) -> Weights:
         UsageError: no such file, damaged, not a DiT, or it would run code to load.
     """
     path = Path(path).expanduser()
-    record = config = None
+    record = None
     if path.is_dir() and (parts := sharded_files(path)):
         tensors = LazyTensors(*parts) if parts[0].suffix == ".safetensors" else _load_parts(parts)
     elif path.is_dir():
@@ -285,8 +381,7 @@ def load_weights(path: str | Path, which: str = "ema", **known) -> Weights:
         if path is None:
             raise UsageError(f"{folder} holds no checkpoint; give a folder such as {folder}/checkpoints/0050000")
         verify(path, (f"{which}.safetensors", "config.json"))
-        record = read_json(path, "config")
-        config = DiTConfig.from_dict(record["model"])
+        record = read_config(path)
         tensors = LazyTensors(path / f"{which}.safetensors")
     elif not path.is_file():
         raise UsageError(f"checkpoint {path} does not exist")
@@ -294,22 +389,52 @@ def load_weights(path: str | Path, which: str = "ema", **known) -> Weights:
         return load_weights(path.parent, path.stem, **known)
     elif path.suffix == ".safetensors":
         tensors = LazyTensors(path)
+        record = _carried_description(path, tensors.metadata.get(DESCRIPTION))
     else:
         tensors = _state_dict_in(load_pickle(path), which)
+        record = _description_beside(path)
     on_meta = tensors.on_meta() if isinstance(tensors, LazyTensors) else {n: t.to("meta") for n, t in tensors.items()}
     meta = from_published(on_meta)
-    config = config or infer_config({name: tuple(tensor.shape) for name, tensor in meta.items()}, **known)
+    if record is not None:
+        config = DiTConfig.from_dict(record["model"])
+    else:
+        config = infer_config({name: tuple(tensor.shape) for name, tensor in meta.items()}, **known)
     return Weights(tensors, meta, config, record, path)
+
+
+def description_path(path: Path) -> Path:
+    """Where the description of an exported `.pt` stands."""
+    return path.with_suffix(".json")
+
+
+def _carried_description(path: Path, text: str | None) -> Description | None:
+    if text is None:
+        return None
+    content = parse_record(text, Description, f"the {DESCRIPTION} in {path}", "export the weights again")
+    check_format(content, path)
+    return content
+
+
+def _description_beside(path: Path) -> Description | None:
+    """Of a `.json` beside a `.pt`, if it is one: people keep other things there."""
+    beside, content = description_path(path), None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(beside.read_text(encoding="utf-8"))
+    if not (isinstance(content, dict) and {"format", "model", "objective"} <= content.keys()):
+        return None
+    check_record(content, Description, beside, "export the weights again")
+    check_format(content, beside)
+    return content
 
 
 def sharded_files(folder: Path) -> list[Path]:
     """The files that an index of a sharded export (`*.index.json`, as DeepSpeed's consolidation writes it) names."""
     for index in sorted(folder.glob("*.index.json")):
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UsageError(f"{index} is not the index of a sharded export: it has no weight_map") from None
-        return [folder / Path(name).name for name in sorted(names)]
+            names = set(read_record(index, Index)["weight_map"].values())
+        except BadRecord as error:
+            raise UsageError(f"{index} is not the index of a sharded export: {error}") from None
+        return [folder / Path(name).name for name in sorted(names)]  # never a file elsewhere
     return []
 
 
@@ -362,19 +487,20 @@ def load_into(model: DiT, weights: Weights, device=None, dtype: torch.dtype | No
     Raises:
         UsageError: as `check_fit`.
     """
-    check_fit(model, weights)
+    check_fit(model.state_dict(), weights)
     on_meta = next(model.parameters()).is_meta
     model.load_state_dict(from_published(weights.tensors, device, dtype), assign=on_meta)
     model.to(device, dtype)  # `pos_embed`, where the file has none
 
 
-def check_fit(model: DiT, weights: Weights, any_size: bool = False) -> None:
-    """Compare names and shapes, before any tensor is read; `any_size`: the file may be for another image size.
+def check_fit(model: Mapping[str, Tensor], weights: Weights, any_size: bool = False) -> None:
+    """Compare names and shapes with those of a model's state dict, before any tensor is read; `any_size`: the file may
+    be for another image size.
 
     Raises:
         UsageError: they differ; it shows the first few differences and what the file looks like.
     """
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    expected = {name: tuple(t.shape) for name, t in model.items()}
     found = {name: tuple(t.shape) for name, t in weights.meta.items()}
     if any_size or "pos_embed" not in found:  # it is fixed, so a file may leave it out
         found["pos_embed"] = expected["pos_embed"]

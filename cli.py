@@ -8,6 +8,8 @@ import contextlib
 import math
 import os
 import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
 
 
@@ -71,8 +73,34 @@ def unknown_name(kind: str, name: str, known) -> UsageError:
     return UsageError(f"unknown {kind} {name!r}; {hint}")
 
 
+@dataclass(frozen=True)
+class Need:
+    """Flags that do nothing unless `met(args)`."""
+
+    flags: tuple[str, ...]  # as the namespace calls them
+    met: Callable[[argparse.Namespace], bool]
+    what: str  # it takes, such as "--rf"
+
+
+def check_needs(args: argparse.Namespace, needs: Iterable[Need]) -> None:
+    """Raises UsageError for a flag that was given and would do nothing."""
+    for need in needs:
+        useless = [name for name in need.flags if name in args.given]
+        if useless and not need.met(args):
+            raise UsageError(f"{args.given[useless[0]]} does nothing without {need.what}: drop it, or add that")
+
+
+def values(args: argparse.Namespace) -> dict:
+    """What flags say, by name: the namespace without `given`."""
+    return {name: value for name, value in vars(args).items() if name != "given"}
+
+
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser in which `-` and `_` are the same inside a flag, and abbreviations are refused."""
+    """ArgumentParser in which `-` and `_` are the same inside a flag, and abbreviations are refused.
+
+    A value that begins with `~` is below the home folder, whether a shell would have seen that or not (`--flag=~/x`).
+    The namespace gets `given`: of what stood on the command line, each name there and the flag as help spells it.
+    """
 
     def __init__(self, **kwargs):
         kwargs.setdefault("formatter_class", _HelpFormatter)
@@ -84,18 +112,22 @@ class Parser(argparse.ArgumentParser):
         group.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help)
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._spelling(arg) for arg in args], namespace)
+        args = [self._spelling(str(arg)) for arg in (sys.argv[1:] if args is None else args)]
+        namespace, rest = super().parse_known_args(args, namespace)
+        flags = [arg.partition("=")[0] for arg in args]
+        given = {self._option_string_actions[flag].dest: flag for flag in flags if flag in self._option_string_actions}
+        namespace.given = getattr(namespace, "given", {}) | given  # a command's own are there already
+        return namespace, rest
 
     def _spelling(self, arg: str) -> str:
-        """The registered spelling of a flag, whichever of `-` and `_` the user typed."""
+        """The registered spelling of a flag, whichever of `-` and `_` the user typed; a value's home folder by name."""
         flag, equals, value = arg.partition("=")
-        if not flag.startswith("--") or flag in self._option_string_actions:
-            return arg
-        for known in self._option_string_actions:
-            if known.replace("_", "-") == flag.replace("_", "-"):
-                return known + equals + value
-        return arg
+        if not flag.startswith("--"):
+            return os.path.expanduser(arg)
+        if flag not in self._option_string_actions:
+            same = (known for known in self._option_string_actions if known.replace("_", "-") == flag.replace("_", "-"))
+            flag = next(same, flag)
+        return flag + equals + os.path.expanduser(value)
 
 
 class _HelpFormatter(argparse.HelpFormatter):

@@ -12,16 +12,19 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import NotRequired, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from typing_extensions import TypedDict
 
 from cli import UsageError, unknown_name
 from moe import EXPERTS, MoE, Routing, compute_dtype
+from records import check_record
 
 # ------------------------------------------------------------------------------------------------------- configuration
 
@@ -37,6 +40,23 @@ DiT_models: dict[str, dict] = {
     f"DiT-{size}/{patch}": dict(depth=depth, hidden_size=hidden, patch_size=patch, num_heads=heads)
     for size, (depth, hidden, heads) in SIZES.items()
     for patch in ((2,) if size in ("Nano", "G") else (2, 4, 8))
+}
+
+
+LIMITS = {  # what a configuration may ask for, so that a broken file builds no model of a million blocks
+    "depth": (1, 1000),
+    "hidden_size": (8, 2**16),
+    "patch_size": (1, 1024),
+    "num_heads": (1, 1024),
+    "input_size": (1, 2**14),
+    "in_channels": (1, 1024),
+    "num_classes": (1, 10**7),
+    "mlp_ratio": (0.001, 1000),
+    "num_experts": (0, 2**15 - 1),  # 0: dense
+    "num_experts_per_tok": (1, 2**15 - 1),
+    "expert_ratio": (0.001, 1000),
+    "num_shared_experts": (0, 1024),
+    "shared_expert_ratio": (0.001, 1000),
 }
 
 
@@ -66,21 +86,20 @@ class DiTConfig:
     moe_layers: str = "all"  # which blocks are MoE: all, every-N, deep-half, shallow-half, or a list such as 0,2,5
 
     def __post_init__(self):
+        for name, (low, high) in LIMITS.items():
+            if not low <= getattr(self, name) <= high:
+                raise UsageError(f"{name} must lie between {low} and {high}, got {getattr(self, name)}")
         if self.hidden_size % self.num_heads or self.hidden_size % 8:
             raise UsageError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of 8"
             )
-        if self.input_size < 1 or self.input_size % self.patch_size:
+        if self.input_size % self.patch_size:
             raise UsageError(
                 f"input of {self.input_size}x{self.input_size} cannot be cut into patches of {self.patch_size}; "
                 f"choose a model with another patch size or another image size"
             )
-        if self.num_classes < 1:
-            raise UsageError(f"num_classes must be at least 1, got {self.num_classes}")
         if not 0 <= self.class_dropout_prob < 1:
             raise UsageError(f"class_dropout_prob must lie in [0, 1), got {self.class_dropout_prob}")
-        if not 0 <= self.num_experts < 2**15:
-            raise UsageError(f"num_experts must lie between 0 (dense) and {2**15 - 1}, got {self.num_experts}")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise UsageError(
                 f"num_experts_per_tok must lie between 1 and num_experts {self.num_experts}, "
@@ -145,11 +164,21 @@ class DiTConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping) -> "DiTConfig":
-        """Raises UsageError for options that this version does not know."""
+        """Raises UsageError for options that this version does not know, or values that none has."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise UsageError(f"unknown model options {', '.join(unknown)}: written by a newer version?")
-        return cls(**values)
+        return cls(**check_record(values, _config_record(), "model options"))
+
+
+@functools.cache
+def _config_record() -> type:
+    """The fields of a `DiTConfig` as JSON holds them; those with a default may be absent."""
+    hints = get_type_hints(DiTConfig)
+    return TypedDict(
+        "Model",
+        {f.name: hints[f.name] if f.default is MISSING else NotRequired[hints[f.name]] for f in fields(DiTConfig)},
+    )
 
 
 def _width(ratio: float, hidden_size: int) -> int:
@@ -682,6 +711,10 @@ def _accept_published_names(model: DiT, state_dict: dict, prefix: str, *_) -> No
         renamed["pos_embed"] = position_embedding(model.config.hidden_size, side)
     state_dict.clear()
     state_dict.update(renamed)
+
+
+# Fields of DiTConfig that change the function and no shape: of a file that does not describe itself, a flag must tell.
+UNSEEN = ("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor")
 
 
 def infer_config(shapes: Mapping[str, tuple[int, ...]], **known) -> DiTConfig:

@@ -27,16 +27,24 @@ def read_record(path: Path, kind: type, what_to_do: str = "") -> Any:
     Raises:
         BadRecord: it cannot be read, is no JSON, is nested too deeply, or differs from `kind`.
     """
-    advice = f"; {what_to_do}" if what_to_do else ""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise BadRecord(f"{path} cannot be read: {error.strerror or error}{advice}") from None
+        raise BadRecord(f"{path} cannot be read: {error.strerror or error}{_advice(what_to_do)}") from None
+    except ValueError as error:  # not UTF-8
+        raise BadRecord(f"{path} is not JSON ({error}){_advice(what_to_do)}") from None
+    return parse_record(text, kind, path, what_to_do)
+
+
+def parse_record(text: str, kind: type, source: object, what_to_do: str = "") -> Any:
+    """`read_record` of a text that `source` holds."""
+    try:
+        content = json.loads(text)
     except RecursionError:
-        raise BadRecord(f"{path} is nested too deeply to be read{advice}") from None
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise BadRecord(f"{path} is not JSON ({error}){advice}") from None
-    return check_record(content, kind, path, what_to_do)
+        raise BadRecord(f"{source} is nested too deeply to be read{_advice(what_to_do)}") from None
+    except ValueError as error:
+        raise BadRecord(f"{source} is not JSON ({error}){_advice(what_to_do)}") from None
+    return check_record(content, kind, source, what_to_do)
 
 
 def check_record(content: Any, kind: type, source: object, what_to_do: str = "") -> Any:
@@ -50,8 +58,12 @@ def check_record(content: Any, kind: type, source: object, what_to_do: str = "")
     try:
         _adapter(kind).validate_python(content, strict=True)
     except ValidationError as failure:
-        raise BadRecord(f"{source}: {_in_words(failure)}{f'; {what_to_do}' if what_to_do else ''}") from None
+        raise BadRecord(f"{source}: {_in_words(failure)}{_advice(what_to_do)}") from None
     return content
+
+
+def _advice(what_to_do: str) -> str:
+    return f"; {what_to_do}" if what_to_do else ""
 
 
 @cache

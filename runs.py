@@ -16,14 +16,17 @@ import torch
 import checkpoint
 import distributed
 import evaluation
+import finetune
+import objectives
 import profiling
 import sampling
-from cli import Parser, UsageError, boolean, natural_int, number_in, positive_int
+from classes import Classes
+from cli import Need, Parser, UsageError, boolean, check_needs, natural_int, number_in, positive_int, values
 from data import BatchSchedule, ImageData, SpaceInfo, load_space, require_folder, space_info
-from diffusion import GaussianDiffusion, RectifiedFlow
 from files import write_json
 from latents import LatentShards, open_features
-from models import CHECKPOINTING, DiT_models, DiTConfig, build_config, check_attention, row_name
+from models import CHECKPOINTING, UNSEEN, DiT, DiT_models, DiTConfig, build_config, check_attention, row_name
+from objectives import add_objective_arguments, choose_objective, spell_out
 from optim import SCHEDULES
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -52,7 +55,7 @@ def add_training_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     # None stands for what --init-from says, or else for the default that `DiTConfig` has.
     group.add_argument("--model", help="row of the table of sizes: DiT-{S,B,L,XL}/{2,4,8}, DiT-G/2 (default: DiT-S/2)")
-    group.add_argument("--num-classes", type=positive_int, help="the data may have fewer (default: 1000)")
+    group.add_argument("--num-classes", type=positive_int, help="the data may have fewer (default: as many as it has)")
     group.add_argument("--num_experts", type=natural_int, help="routed experts per MoE layer (default: 0, a dense DiT)")
     group.add_argument("--num_experts_per_tok", type=positive_int, help="experts that each token goes to (default: 2)")
     group.add_argument("--num_shared_experts", type=natural_int, help="always-on experts of width D (default: 2)")
@@ -64,18 +67,8 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument("--pretraining_tp", type=int, help="accepted for published commands; has no effect")
 
     group = parser.add_argument_group("objective")
-    parser.add_switch(group, "--rf", False, "rectified flow in place of DDPM")
-    group.add_argument("--t-distribution", choices=("lognormal", "uniform"), default="lognormal", help="of flow time")
-    group.add_argument(
-        "--timestep-shift", type=number_in(0.01, 100), default=1.0, help="of flow time; above 1: to noise"
-    )
-    group.add_argument("--time-scale", type=number_in(1e-3, 1e6), default=1.0, help="of flow time in the network")
+    add_objective_arguments(parser, group, training=True)
     parser.add_switch(group, "--stratified-t", False, "spread the times of a batch evenly over their distribution")
-    group.add_argument("--noise-schedule", choices=("linear", "cosine"), default="linear", help="of DDPM")
-    group.add_argument("--prediction", choices=("eps", "x0", "v"), default="eps", help="what a DDPM network predicts")
-    group.add_argument(
-        "--diffusion-loss", choices=("hybrid", "mse"), default="hybrid", help="mse: variance not learned"
-    )
 
     group = parser.add_argument_group("optimization")
     group.add_argument("--epochs", type=positive_int, default=1400, help="passes over the data")
@@ -136,6 +129,7 @@ def add_training_arguments(parser: Parser) -> None:
     )
     group.add_argument("--resume", help="auto (newest good checkpoint of the newest run of this name), or a folder")
     group.add_argument("--init-from", help="start from the weights alone of a checkpoint or published file")
+    parser.add_switch(group, "--fresh-parts", False, "begin anew what does not fit of --init-from: channels, patches")
     parser.add_switch(group, "--allow-changes", False, "resume although data or flags that shape the curve differ")
     group.add_argument("--log-every", type=positive_int, default=100, help="steps between log lines")
     group.add_argument("--ckpt-every", type=positive_int, default=50_000, help="steps between checkpoints")
@@ -162,12 +156,34 @@ MODEL_FLAGS = (  # each a field of DiTConfig
     *("expert_ratio", "norm_topk_prob", "moe_layers", "qk_norm"),
 )
 
+NEEDS = (  # besides those of objectives.py
+    Need(
+        (
+            *("num_experts_per_tok", "num_shared_experts", "expert_ratio", "moe_layers", "norm_topk_prob"),
+            *("aux_loss_alpha", "local_balance"),
+        ),
+        lambda args: args.num_experts > 0,
+        "--num_experts N (a dense DiT has no experts)",
+    ),
+    Need(("keep_every",), lambda args: args.keep_last > 0, "--keep-last K (all checkpoints are kept)"),
+    Need(
+        ("metrics_samples", "metrics_ref", "metrics_weights"), lambda args: args.metrics_every > 0, "--metrics-every N"
+    ),
+    Need(
+        ("sample_cfg_scale",),
+        lambda args: args.sample_every or args.metrics_every,
+        "--sample-every N or --metrics-every N",
+    ),
+    Need(("allow_changes",), lambda args: args.resume is not None, "--resume"),
+    Need(("fresh_parts",), lambda args: args.init_from is not None, "--init-from FILE"),
+)
+
 # Flags that may differ when a run is resumed: they do not shape the loss curve.
 RUN_CONTROL = {
     *("data_path", "feature_path", "vae_path", "num_workers", "epochs", "max_steps", "device", "local_rank", "timeout"),
     *("attention", "compile", "activation_checkpointing", "deterministic", "pretraining_tp"),
     *("data_parallel", "expert_parallel", "start_timeout"),
-    *("deepspeed", "deepspeed_config", "results_dir", "resume", "init_from", "allow_changes"),
+    *("deepspeed", "deepspeed_config", "results_dir", "resume", "init_from", "fresh_parts", "allow_changes"),
     *("log_every", "ckpt_every", "keep_last", "keep_every", "sample_every", "sample_cfg_scale", "wandb", "profile"),
     *("metrics_every", "metrics_samples", "metrics_ref", "metrics_weights"),
 }
@@ -188,6 +204,9 @@ class Run:
     space: object  # None where latents are read from disk and no images are drawn
     total_steps: int
     record: dict  # config.json of its checkpoints
+    classes: Classes
+    start: finetune.Start | None = None  # of --init-from
+    notes: list[str] = field(default_factory=list)  # what was chosen that no flag says
     evaluator: evaluation.Evaluator | None = None  # of --metrics-every
     resume_from: Path | None = None
     folder: Path | None = None  # of a run that is resumed; else `open` makes it
@@ -203,6 +222,8 @@ class Run:
             checkpoint.sweep(self.folder / "checkpoints")
             for later in checkpoint.set_aside(self.folder, step):
                 self.log.info(f"this run goes back behind a checkpoint of the one before, which is now {later}")
+            for note in self.notes:
+                self.log.info(note)
 
     def _claim_folder(self) -> Path:
         name = run_name(self.args.model, self.config, self.objective)
@@ -222,7 +243,13 @@ def prepare(args, processes: distributed.Processes) -> Run:
     Raises:
         UsageError: flags, data or checkpoint are wrong.
     """
-    run = processes.together(lambda: _check(args, processes))
+    choices = processes.together(lambda: _choose(args, processes))
+    resumed = processes.on_main(lambda: find_resume(choices))
+    run = processes.together(lambda: _look_at_data(choices, resumed, processes))
+    if resumed is not None:
+        run.resume_from, run.folder = resumed.checkpoint, resumed.run
+        processes.on_main(lambda: compare_with_checkpoint(run, resumed))
+    args = run.args
     if args.metrics_every:
         run.evaluator = evaluation.evaluator_for_training(
             args.metrics_ref,
@@ -232,11 +259,24 @@ def prepare(args, processes: distributed.Processes) -> Run:
             run.schedule.micro_batch_size,
             processes,
         )
-    run.resume_from, run.folder = processes.on_main(lambda: find_resume(run))
     return run
 
 
-def _check(args, processes: distributed.Processes) -> Run:
+@dataclass
+class Choices:
+    """What flags, and the file of `--init-from`, say before the data is looked at."""
+
+    args: argparse.Namespace
+    model: DiTConfig  # but for what follows from the data: its input size and number of classes
+    objective: object
+    weights: checkpoint.Weights | None  # of --init-from
+
+    @property
+    def run_name(self) -> str:
+        return run_name(self.args.model, self.model, self.objective)
+
+
+def _choose(args, processes: distributed.Processes) -> Choices:
     args = argparse.Namespace(**vars(args))
     args.precision = choose_precision(args.precision, processes.device)
     if (args.data_path is None) == (args.feature_path is None):
@@ -249,34 +289,53 @@ def _check(args, processes: distributed.Processes) -> Run:
         raise UsageError("--metrics-every needs --metrics-ref FILE, which `calculate_metrics.py ref` writes")
     if args.wandb and importlib.util.find_spec("wandb") is None:
         raise UsageError("--wandb needs the package: pip install wandb")
-    model = choose_model(args)  # a wrong one is said before the data is looked through
-    for name in MODEL_FLAGS:
+    weights, found = None, {}
+    if args.init_from is not None:
+        known = {name: getattr(args, name, None) for name in UNSEEN}
+        weights = checkpoint.load_weights(args.init_from, **{k: v for k, v in known.items() if v is not None})
+        found = weights.objective
+        if "vae_path" not in args.given and weights.record is not None:
+            args.vae_path = weights.record.get("space", {}).get("path") or args.vae_path
+    model = choose_model(args, weights)  # a wrong one is said before the data is looked through
+    for name in set(MODEL_FLAGS) - {"num_classes"}:
         setattr(args, name, getattr(model, name))
     args.model = args.model or row_name(model) or "DiT"
     if args.compile:
         sampling.check_compile(model, sampling.PRECISIONS[args.precision])
-    objective = build_objective(args)
+    objective = choose_objective(args, found)
+    spell_out(args, objective)
+    check_needs(args, (*objectives.NEEDS, *NEEDS))
+    return Choices(args, model, objective, weights)
+
+
+def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distributed.Processes) -> Run:
+    args, model, objective = choices.args, choices.model, choices.objective
     needs_space = args.feature_path is None or args.sample_every > 0 or args.metrics_every > 0
     space_facts = space_info(args.vae_path) if needs_space else None
     data = open_data(args, space_facts)
+    if args.num_classes is None:  # a resumed run keeps its own
+        args.num_classes = data.num_classes if resumed is None else resumed.config["model"].get("num_classes", 1000)
     if data.num_classes > args.num_classes:
         raise UsageError(f"the data has {data.num_classes} classes, --num-classes allows {args.num_classes}")
+    classes = Classes(args.num_classes, tuple(data.class_names))
     channels, input_size, width = data.latent_shape
     if width != input_size:
         raise UsageError(f"latents of {input_size}x{width} are not square")
     if needs_space and space_facts.channels != channels:
         raise UsageError(f"--vae-path {args.vae_path} has {space_facts.channels} channels, the latents have {channels}")
-    if args.init_from is not None and model.in_channels != channels:
-        raise UsageError(f"{args.init_from} is for latents of {model.in_channels} channels, the data has {channels}")
-    config = dataclasses.replace(model, input_size=input_size, in_channels=channels)
+    config = dataclasses.replace(model, input_size=input_size, in_channels=channels, num_classes=args.num_classes)
+    start = None if choices.weights is None else finetune.fit(choices.weights, config, classes, args.fresh_parts)
     dtype = sampling.PRECISIONS[args.precision]
     check_attention(args.attention, processes.device, dtype, config.hidden_size // config.num_heads)
     schedule = BatchSchedule(
         len(data), args.global_batch_size, args.accum_iter, processes.rank, processes.world_size, args.global_seed
     )
     steps = args.epochs * schedule.steps_per_epoch
-    if args.profile and min(args.max_steps or steps, steps) < args.profile + profiling.BEFORE:
+    total_steps = min(args.max_steps or steps, steps)
+    if args.profile and total_steps < args.profile + profiling.BEFORE:
         raise UsageError(f"--profile {args.profile} needs a run of at least {args.profile + profiling.BEFORE} steps")
+    if args.warmup_steps and args.warmup_steps >= total_steps:
+        raise UsageError(f"--warmup-steps {args.warmup_steps}: the run has only {total_steps} steps")
     record = {
         "format": checkpoint.FORMAT,
         "model_name": args.model,
@@ -296,39 +355,55 @@ def _check(args, processes: distributed.Processes) -> Run:
         data=data,
         schedule=schedule,
         space=load_space(args.vae_path).to(processes.device) if needs_space else None,
-        total_steps=min(args.max_steps or steps, steps),
+        total_steps=total_steps,
         record=record,
+        classes=classes,
+        start=start,
+        notes=[] if start is None else [*start.in_words(), *differences(choices.weights, record)],
     )
 
 
-def choose_model(args) -> DiTConfig:
+def choose_model(args, weights: checkpoint.Weights | None) -> DiTConfig:
     """What the model flags say, or the file of `--init-from`, which they must not contradict.
 
-    Label dropout may be another one, and so may the image size: neither changes a parameter.
+    The number of classes, label dropout and image size may be others, and with `--fresh-parts` the patches.
     """
     given = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
-    useless = set(given) & {"num_experts_per_tok", "num_shared_experts", "expert_ratio", "moe_layers", "norm_topk_prob"}
-    if args.init_from is None and useless and not args.num_experts:
-        raise UsageError(
-            f"--{min(useless)} without --num_experts: that is a dense DiT; add, for example, --num_experts 8"
-        )
-    if args.init_from is None:
+    if weights is None:
         # Any size that every patch divides: the true one is not known before the data.
         return build_config(args.model or "DiT-S/2", input_size=64, **given)
-    known = {"num_experts_per_tok": given["num_experts_per_tok"]} if "num_experts_per_tok" in given else {}
-    config = checkpoint.load_weights(args.init_from, **known).config
-    dropout = given.pop("class_dropout_prob", config.class_dropout_prob)
+    config = weights.config
+    free = {"num_classes": given.pop("num_classes", config.num_classes)}
+    free["class_dropout_prob"] = given.pop("class_dropout_prob", config.class_dropout_prob)
     if args.model is not None:
         given |= {key: getattr(build_config(args.model), key) for key in DiT_models[args.model]}
+    if args.fresh_parts:
+        free["patch_size"] = given.pop("patch_size", config.patch_size)
     for name, value in given.items():
         if value != getattr(config, name):
-            flag = args.model if name in DiT_models["DiT-S/2"] else f"--{name} {value}"
+            flag = args.model if name in DiT_models["DiT-S/2"] else f"{args.given[name]} {value}"
             looks = checkpoint.describe(config)
             raise UsageError(f"{flag} contradicts {args.init_from}, which has {name} {getattr(config, name)} ({looks})")
+    dropout = free["class_dropout_prob"]
     if (dropout > 0) != (config.null_class is not None):
         has = "a" if config.null_class is not None else "no"
         raise UsageError(f"--class-dropout-prob {dropout} contradicts {args.init_from}, which has {has} null class")
-    return dataclasses.replace(config, class_dropout_prob=dropout)
+    return dataclasses.replace(config, input_size=64 * free.get("patch_size", config.patch_size), **free)
+
+
+def differences(weights: checkpoint.Weights, record: dict) -> list[str]:
+    """What a run does otherwise than the one that its weights come from, a line each."""
+    before = weights.record or {"objective": weights.objective}
+    pairs = [
+        (f"{part} {key}", before.get(part, {}).get(key), value)
+        for part in ("objective", "space")
+        for key, value in record[part].items()
+    ]
+    return [
+        f"--init-from {weights.source} was trained with {what} {old}, this run trains with {new}"
+        for what, old, new in pairs
+        if old not in (None, new)
+    ]
 
 
 def choose_precision(name: str | None, device: torch.device) -> str:
@@ -337,18 +412,6 @@ def choose_precision(name: str | None, device: torch.device) -> str:
     if name is None and launched in sampling.PRECISIONS:
         name = launched
     return sampling.choose_precision(name, device)
-
-
-def build_objective(args):
-    """The one place where `--rf` is read."""
-    if args.rf:
-        return RectifiedFlow(args.t_distribution, args.timestep_shift, args.time_scale)
-    return GaussianDiffusion(
-        schedule=args.noise_schedule,
-        prediction=args.prediction,
-        variance="learned_range" if args.diffusion_loss == "hybrid" else "fixed_small",
-        loss=args.diffusion_loss,
-    )
 
 
 def open_data(args, space_facts: SpaceInfo | None):
@@ -369,61 +432,92 @@ def run_name(model: str, config: DiTConfig, objective) -> str:
 
 
 def flags(args) -> dict:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    """As JSON holds them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values(args).items()}
 
 
-def find_resume(run: Run) -> tuple[Path | None, Path | None]:
-    """(checkpoint to resume from, run folder to go on in), or twice None for a new run.
+@dataclass
+class Resumed:
+    """Where a run goes on."""
+
+    checkpoint: Path
+    run: Path | None  # its folder; None: a new one
+    config: checkpoint.Description
+    state: checkpoint.State
+
+
+def find_resume(choices: Choices) -> Resumed | None:
+    """What `--resume` names, or None for a new run.
 
     Raises:
-        UsageError: there is none at the path given, it is damaged, or the curve could not go on as it was.
+        UsageError: there is none at the path given, or it is damaged.
     """
-    args, folder = run.args, None
+    args = choices.args
     if args.resume is None:
-        return None, None
+        return None
     if args.resume == "auto":
-        name = run_name(args.model, run.config, run.objective)
-        newest_run = next(iter(distributed.find_runs(args.results_dir, name)), None)
-        newest = checkpoint.newest_good(newest_run) if newest_run else None
-        if newest is None:
+        newest_run = next(iter(distributed.find_runs(args.results_dir, choices.run_name)), None)
+        found = checkpoint.newest_good(newest_run) if newest_run else None
+        if found is None:
+            name = choices.run_name
             print(f"--resume auto: no checkpoint in the newest run of {name} in {args.results_dir}, starting anew")
-            return None, None
-        found, folder = newest, newest_run
+            return None
+        folder = newest_run
     else:
-        path = Path(args.resume).expanduser()
-        if path.is_file():
-            raise UsageError(f"--resume needs a checkpoint folder; to start from the weights in {path} use --init-from")
-        if not path.is_dir():
-            raise UsageError(f"--resume {path}: no such folder")
-        if checkpoint.is_checkpoint(path):
-            checkpoint.verify(path)
-            found, folder = path, path.parent.parent if path.parent.name == "checkpoints" else None
-        else:
-            found, folder = checkpoint.newest_good(path), path
-            if found is None:
-                raise UsageError(f"--resume {path}: no good checkpoint in this folder")
+        found, folder = _checkpoint_at(Path(args.resume))
     if not (found / "state.json").is_file():
         raise UsageError(f"--resume {found}: it holds weights, not the state of a run; use --init-from")
-    if not args.allow_changes:
-        compare_with_checkpoint(run, found)
-    return found, folder
+    return Resumed(found, folder, checkpoint.read_config(found), checkpoint.read_state(found))
 
 
-def compare_with_checkpoint(run: Run, folder: Path) -> None:
-    """Refuse to resume a run whose curve could not go on as it was."""
-    before, state = checkpoint.read_json(folder, "config"), checkpoint.read_json(folder, "state")
+def _checkpoint_at(path: Path) -> tuple[Path, Path | None]:
+    """(checkpoint, run folder or None) of a checkpoint, a run, or a run's folder of checkpoints."""
+    if path.is_file():
+        raise UsageError(f"--resume needs a checkpoint folder; to start from the weights in {path} use --init-from")
+    if not path.is_dir():
+        raise UsageError(f"--resume {path}: no such folder")
+    path = path.absolute()
+    if checkpoint.is_checkpoint(path):
+        checkpoint.verify(path)
+        return path, path.parent.parent if path.parent.name == "checkpoints" else None
+    found = checkpoint.newest_good(path)
+    if found is None:
+        raise UsageError(f"--resume {path}: no good checkpoint in this folder")
+    return found, path.parent if path.name == "checkpoints" else path
+
+
+def compare_with_checkpoint(run: Run, resumed: Resumed) -> None:
+    """Refuse to resume a run whose curve could not go on as it was, or, with `--allow-changes`, could not go on at all.
+
+    Raises:
+        UsageError: it names the first few differences.
+    """
+    before, state, found = resumed.config, resumed.state, resumed.checkpoint
     flags_before, flags_now = state["flags"], flags(run.args)
-    before["model"] = DiTConfig.from_dict(before["model"]).to_dict()  # with today's defaults for options of today
-    pairs = {"data fingerprint": (before["data"]["fingerprint"], run.record["data"]["fingerprint"])}
-    for part in ("model", "objective", "space"):
-        pairs |= {f"{part} {key}": (before[part].get(key), value) for key, value in run.record[part].items()}
+    model = DiTConfig.from_dict(before["model"])  # with today's defaults for options of today
+    pairs = {"data fingerprint": (before.get("data", {}).get("fingerprint"), run.record["data"]["fingerprint"])}
+    for part, was in (
+        ("model", model.to_dict()),
+        ("objective", before["objective"]),
+        ("space", before.get("space", {})),
+    ):
+        pairs |= {f"{part} {key}": (was.get(key), value) for key, value in run.record[part].items()}
     pairs.pop("space path")  # an autoencoder may have moved
     for key in (flags_before.keys() & flags_now.keys()) - RUN_CONTROL:
         pairs[f"--{key}"] = flags_before[key], flags_now[key]
     if run.args.lr_schedule != "constant":
         pairs["number of steps, which the learning rate follows,"] = state["total_steps"], run.total_steps
-    if different := [f"{what} was {old}, is {new}" for what, (old, new) in sorted(pairs.items()) if old != new]:
-        raise UsageError(
-            f"cannot resume {folder}: {'; '.join(different[:4])}; --allow-changes resumes all the same, without "
-            f"--resume a new run begins"
-        )
+    different = [f"{what} was {old}, is {new}" for what, (old, new) in sorted(pairs.items()) if old != new]
+    if not different:
+        return
+    cannot = f"cannot resume {found}: {'; '.join(different[:4])}"
+    if shapes_of(model) != shapes_of(run.config) or before["objective"]["name"] != run.objective.name:
+        raise UsageError(f"{cannot}; that is another network: --init-from {found} starts a new run from its weights")
+    if not run.args.allow_changes:
+        raise UsageError(f"{cannot}; --allow-changes resumes all the same, without --resume a new run begins")
+
+
+def shapes_of(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Of a model's parameters and its table of positions."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in DiT(config).state_dict().items()}

@@ -20,7 +20,9 @@ def get_parser() -> Parser:
     parser = Parser(prog="sample.py", description=__doc__.partition("\n")[0])
     sampling.add_sampling_arguments(parser)
     group = parser.add_argument_group("images")
-    group.add_argument("--class-labels", type=int, nargs="+", metavar="LABEL", help="one image each; a few by default")
+    group.add_argument(
+        "--class-labels", nargs="+", metavar="LABEL", help="numbers or names of classes; a few by default"
+    )
     group.add_argument("--images-per-class", type=positive_int, default=1, help="of every label given")
     group.add_argument("--batch-size", type=positive_int, default=32, help="images drawn at once")
     group.add_argument("--output", type=Path, help="folder (default: samples/, then a name that tells the settings)")
@@ -35,8 +37,7 @@ def main(args) -> None:
     precision = sampling.choose_precision(args.precision, device)
     loaded = sampling.load_for_sampling(args, device, sampling.set_precision(precision))
     settings = loaded.settings
-    labels = choose_labels(args, loaded.model.config.num_classes)
-    sampling.check_labels(labels, loaded.model.config)
+    labels = choose_labels(args, loaded)
 
     folder = choose_folder(args, loaded)
 
@@ -46,10 +47,12 @@ def main(args) -> None:
     print(f"{len(images)} images of {loaded.image_size}x{loaded.image_size} ({settings}, {precision}) in {folder}")
 
 
-def choose_labels(args, num_classes: int) -> list[int]:
-    labels = args.class_labels
-    if labels is None:
-        labels = IMAGENET_FAVOURITES if num_classes == 1000 else list(range(min(num_classes, 10)))
+def choose_labels(args, loaded: sampling.Loaded) -> list[int]:
+    if args.class_labels is not None:
+        labels = sampling.choose_labels(args.class_labels, loaded)
+    else:
+        trained = loaded.classes.trained
+        labels = IMAGENET_FAVOURITES if len(trained) == 1000 else trained[:10]
     return [label for label in labels for _ in range(args.images_per_class)]
 
 

@@ -81,7 +81,7 @@ def requested_precision(args) -> str | None:
 
 def plan(args, loaded: sampling.Loaded, settings: sampling.Settings, precision: str) -> "ImageSet":
     """The set that the command asks for, and where it goes. Writes nothing."""
-    config, name = loaded.model.config, loaded.name + ("" if args.use_ema else "-no-ema")
+    name = loaded.name + ("" if args.use_ema else "-no-ema")
     folder = f"{name}-{loaded.image_size}px-{settings}-{args.labels}-{precision}-{args.num_samples}"
     record = loaded.record(precision) | {
         "labels": args.labels,
@@ -91,7 +91,7 @@ def plan(args, loaded: sampling.Loaded, settings: sampling.Settings, precision: 
     return ImageSet(
         folder=args.sample_dir / folder,
         record=json.loads(json.dumps(record)),  # as it will be read back
-        labels=np.array(sampling.LABELS[args.labels](args.num_samples, config.num_classes, settings.seed)),
+        labels=np.array(sampling.LABELS[args.labels](args.num_samples, loaded.classes, settings.seed)),
         image_size=loaded.image_size,
         batch_size=args.per_proc_batch_size,
         png=args.png,

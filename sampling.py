@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import math
 import os
+import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,11 +22,13 @@ from PIL import Image
 from torch import Tensor
 
 import checkpoint
+from classes import Classes
 from cli import Parser, UsageError, natural_int, number_in, positive_int
-from data import load_space, space_info
-from diffusion import classifier_free_guidance, objective_from_config
+from data import SpaceInfo, load_space, space_info
+from diffusion import classifier_free_guidance
 from files import replacing
-from models import ATTENTION_BACKENDS, DiT, DiT_models, DiTConfig, build_config, check_attention
+from models import ATTENTION_BACKENDS, UNSEEN, DiT, DiT_models, DiTConfig, build_config, check_attention
+from objectives import SETTINGS, add_objective_arguments, check_against, choose_objective, in_words
 
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -48,8 +51,12 @@ def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
     group.add_argument("--num-classes", type=positive_int, help="classes, without the null class")
     group.add_argument("--num_experts", type=natural_int, help="routed experts per MoE layer")
     group.add_argument("--num_experts_per_tok", type=positive_int, help="2 for published files")
-    parser.add_switch(group, "--rf", None, "the network was trained with rectified flow, not DDPM")
+    parser.add_switch(group, "--norm-topk-prob", None, "routing weights of a token are divided by their sum")
+    group.add_argument("--routed-scaling-factor", type=number_in(1e-6, 1e6), help="then multiplied by this")
+    add_objective_arguments(parser, group, training=False)
     group.add_argument("--vae-path", "--vae", help="autoencoder: folder, hub name, mse, ema, or none for pixel space")
+    group.add_argument("--vae-scaling-factor", type=number_in(1e-6, 1e6), help="of latents, in place of its own")
+    group.add_argument("--vae-shift-factor", type=number_in(-1e6, 1e6), help="of latents, in place of its own")
     group.add_argument("--pretraining_tp", type=int, help="accepted for published commands; has no effect")
 
     group = parser.add_argument_group("sampling")
@@ -299,13 +306,35 @@ def check_labels(labels: Sequence[int], config: DiTConfig) -> None:
         raise UsageError(f"class label {wrong[0]} is not one of the model's classes 0..{config.num_classes - 1}")
 
 
-def random_labels(count: int, num_classes: int, seed: int) -> list[int]:
-    """Uniform; that of image i depends on (seed, i) alone. The 2 sets its generator apart from the noise's."""
-    return [int(np.random.default_rng([seed, index, 0, 2]).integers(num_classes)) for index in range(count)]
+def choose_labels(texts: Sequence[str], loaded: "Loaded") -> list[int]:
+    """The labels of `--class-labels`, numbers or names of classes; says which of them the training data did not have.
+
+    Raises:
+        UsageError: the model does not know one.
+    """
+    labels = [loaded.classes.label(text) for text in texts]
+    if (untrained := loaded.classes.untrained(labels)) and os.environ.get("RANK", "0") == "0":
+        known = loaded.classes.trained
+        print(
+            f"WARNING: class {untrained[0]} was not in the training data, which had classes 0..{known[-1]}: "
+            f"expect noise",
+            file=sys.stderr,
+        )
+    return labels
 
 
-def balanced_labels(count: int, num_classes: int, seed: int) -> list[int]:
-    return [index % num_classes for index in range(count)]
+def random_labels(count: int, classes: Classes, seed: int) -> list[int]:
+    """Uniform over the trained classes; that of image i depends on (seed, i) alone.
+
+    The 2 sets its generator apart from the noise's.
+    """
+    draws = (np.random.default_rng([seed, index, 0, 2]).integers(len(classes.trained)) for index in range(count))
+    return [classes.trained[int(draw)] for draw in draws]
+
+
+def balanced_labels(count: int, classes: Classes, seed: int) -> list[int]:
+    """The trained classes in turn."""
+    return [classes.trained[index % len(classes.trained)] for index in range(count)]
 
 
 LABELS = {"random": random_labels, "balanced": balanced_labels}
@@ -430,6 +459,7 @@ class Loaded:
     image_size: int
     source: Path
     settings: Settings
+    classes: Classes
 
     @property
     def name(self) -> str:
@@ -459,24 +489,16 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
     """
     if args.model is not None:
         build_config(args.model)  # an unknown name is said before gigabytes are read
-    known = {} if args.num_experts_per_tok is None else {"num_experts_per_tok": args.num_experts_per_tok}
+    known = {name: getattr(args, name) for name in UNSEEN if getattr(args, name) is not None}
     if args.image_size is not None and Path(args.ckpt).is_file():  # for a file without `pos_embed`
         known["input_size"] = args.image_size // space_info(args.vae_path or "mse").downsample
     weights = checkpoint.load_weights(args.ckpt, "ema" if args.use_ema else "model", **known)
-    record = weights.record or {}
-
-    # Three channels are the colours of pixel space; the published networks work on Stable Diffusion's four.
-    usual = "none" if weights.config.in_channels == 3 else "mse"
-    vae_path = args.vae_path or record.get("space", {}).get("path") or usual
-    space = load_space(vae_path)
-    if space.channels != weights.config.in_channels:
-        raise UsageError(
-            f"--vae-path {vae_path} has {space.channels} channels, the network {weights.config.in_channels}: "
-            f"another autoencoder, or none for pixel space"
-        )
+    space = _choose_space(args, weights)
     image_size = weights.config.input_size * space.downsample
     _compare_flags(args, weights, image_size)
-    objective = objective_from_config(record.get("objective") or {"name": _published_objective(args, weights)})
+    objective = choose_objective(args, weights.objective)
+    if weights.record is None:
+        _say_what_is_assumed(args, weights, objective)
 
     settings = Settings.from_args(args, objective)
     check_settings(weights.config, objective, settings)
@@ -494,31 +516,66 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
         model.compile_blocks()
     model.eval().requires_grad_(False)
     network = captured(model) if args.cuda_graph else model
-    return Loaded(model, network, objective, space.to(device), image_size, weights.source, settings)
+    return Loaded(model, network, objective, space.to(device), image_size, weights.source, settings, weights.classes)
+
+
+def _choose_space(args, weights: checkpoint.Weights) -> SpaceInfo:
+    """What turns latents into images: `--vae-path`, or the recorded one, or the usual one for so many channels.
+
+    Raises:
+        UsageError: it has another number of channels, or another scale than was recorded.
+    """
+    recorded = {} if weights.record is None else weights.record.get("space", {})
+    # Three channels are the colours of pixel space; the published networks work on Stable Diffusion's four.
+    usual = "none" if weights.config.in_channels == 3 else "mse"
+    vae_path = args.vae_path or recorded.get("path") or usual
+    space = load_space(vae_path)
+    if space.channels != weights.config.in_channels:
+        raise UsageError(
+            f"--vae-path {vae_path} has {space.channels} channels, the network {weights.config.in_channels}: "
+            f"another autoencoder, or none for pixel space"
+        )
+    for field in ("scaling_factor", "shift_factor"):
+        said, was, own = getattr(args, f"vae_{field}"), recorded.get(field), getattr(space, field)
+        flag = f"--vae-{field.replace('_', '-')}"
+        if None not in (said, was) and said != was:
+            raise UsageError(f"{flag} {said} contradicts {weights.source}, which says {was}")
+        if said is None and was not in (None, own):
+            raise UsageError(
+                f"--vae-path {vae_path} has {field} {own}, {weights.source} was trained with {was}: give the "
+                f"autoencoder of its training, or {flag} {was} if this one is it"
+            )
+        if said is not None:
+            setattr(space, field, said)
+    return space
 
 
 def _compare_flags(args, weights: checkpoint.Weights, image_size: int) -> None:
     """Flags that describe the network are optional, and must not contradict the file."""
     config = weights.config
-    said = {"image-size": args.image_size, "num-classes": args.num_classes, "num_experts": args.num_experts}
-    is_so = {"image-size": image_size, "num-classes": config.num_classes, "num_experts": config.num_experts}
+    said = {"image_size": args.image_size, "num_classes": args.num_classes, "num_experts": args.num_experts}
+    is_so = {"image_size": image_size, "num_classes": config.num_classes, "num_experts": config.num_experts}
     if weights.record is not None:
-        said["num_experts_per_tok"], is_so["num_experts_per_tok"] = args.num_experts_per_tok, config.num_experts_per_tok
+        said |= {name: getattr(args, name) for name in UNSEEN}
+        is_so |= {name: getattr(config, name) for name in UNSEEN}
+        check_against(args, weights.objective, weights.source)
     if args.model is not None:
         for key, value in DiT_models[args.model].items():
             if value != getattr(config, key):
                 said["model"], is_so["model"] = args.model, checkpoint.describe(config)
-    if args.rf is not None and weights.objective is not None:
-        said["rf"], is_so["rf"] = args.rf, weights.objective == "rf"
     if wrong := [name for name, value in said.items() if value is not None and value != is_so[name]]:
         name = wrong[0]
-        raise UsageError(f"--{name} {said[name]} contradicts {weights.source}, which says {is_so[name]}; drop the flag")
+        flag = args.given[name]
+        raise UsageError(f"{flag} {said[name]} contradicts {weights.source}, which says {is_so[name]}; drop the flag")
 
 
-def _published_objective(args, weights: checkpoint.Weights) -> str:
-    """The objective of a file that does not record it: what its weights betray, else what `--rf` says, else DDPM."""
-    if weights.objective is not None:
-        return weights.objective
-    if args.rf is None and os.environ.get("RANK", "0") == "0":
-        print(f"{weights.source} does not tell its objective; assuming DDPM as the published commands do (--rf if not)")
-    return "rf" if args.rf else "ddpm"
+def _say_what_is_assumed(args, weights: checkpoint.Weights, objective) -> None:
+    """One line for a file that does not describe itself: shapes tell neither objective nor weighting of experts."""
+    config = weights.config
+    assumed = [in_words(objective)]
+    if config.num_experts:
+        assumed.append(", ".join(f"{name} {getattr(config, name)}" for name in UNSEEN))
+    said = [args.given[name] for name in ("rf", *SETTINGS, *UNSEEN) if name in args.given]
+    if os.environ.get("RANK", "0") == "0":
+        by_flags = f" (said: {', '.join(said)})" if said else ""
+        print(f"{weights.source} does not describe itself; taken for {'; '.join(assumed)}{by_flags}", file=sys.stderr)

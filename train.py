@@ -100,10 +100,9 @@ class DDPEngine:
             self.module.compile_blocks(fullgraph=self.blocks_are_whole)
         torch.manual_seed(args.global_seed)  # the same initial weights on every process
         self.model = self._place()
-        if args.init_from is not None:
-            weights = checkpoint.load_weights(args.init_from)
-            checkpoint.check_fit(self.module, weights, any_size=True)
-            fill(dict(self.module.named_parameters()), weights.state_dict)
+        if run.start is not None:
+            weights, named = run.start.state_dict(self.module, args.global_seed), dict(self.module.named_parameters())
+            fill({name: named[name] for name in weights.keys() & named.keys()}, weights)
         self.module.train()
         self.ema = EMA(self.module, args.ema_decay)
         self.optimizer = build_optimizer(self.module, args.lr, args.weight_decay)
@@ -202,7 +201,7 @@ class DDPEngine:
 
     def load(self, folder: Path) -> None:
         """From a checkpoint of either engine, of any number of processes."""
-        record = checkpoint.read_json(folder, "state")
+        record = checkpoint.read_state(folder)
         if "scaler" not in record:
             raise cli.UsageError(
                 f"{folder} was written by another trainer; resume it there, or use --init-from {folder}"

@@ -208,7 +208,7 @@ def needs_resharding(folder: Path, stage: int, world_size: int) -> bool:
     Raises:
         UsageError: there is none in it, or it is of another ZeRO stage, which DeepSpeed cannot read.
     """
-    before = checkpoint.read_json(folder, "state").get(STATE)
+    before = checkpoint.read_state(folder).get(STATE)
     if before is None:
         raise UsageError(f"{folder} was not written by train_deepspeed.py; to start from its weights use --init-from")
     if before["stage"] != stage:
@@ -300,12 +300,10 @@ class ZeroEngine:
         self.shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
         self.module.train()
 
-        if args.init_from is not None:
+        if run.start is not None:
             with torch.device("meta"):
-                fresh = DiT(run.config)
-            weights = checkpoint.load_weights(args.init_from)
-            checkpoint.check_fit(fresh, weights)
-            self._fill(self.masters, weights.state_dict)
+                model = DiT(run.config)  # the module's own parameters may be cut
+            self._fill(self.masters, run.start.state_dict(model, args.global_seed))
             self._publish()
         self.ema = [flat.detach().clone() for flat in self.masters]
         self.cpu_group = dist.new_group(backend="gloo")  # for checkpoints, which are written while training goes on
@@ -360,9 +358,9 @@ class ZeroEngine:
 
     @torch.no_grad()
     def _fill(self, flats: list[Tensor], whole: Mapping[str, Tensor]) -> None:
-        """Copy this process's part of each whole tensor to where it belongs."""
+        """Copy this process's part of each tensor of `whole` to where it belongs."""
         for name, part in self.fragments.items():
-            if part is not None:
+            if part is not None and name in whole:
                 source = whole[name].flatten()[part.offset : part.offset + part.numel]
                 flats[part.group][part.start : part.start + part.numel].copy_(source)
 

@@ -186,7 +186,7 @@ def train(run: Run, engine: Engine) -> None:
     progress = Progress(window=Window(len(run.config.moe_indices), run.config.num_experts))
     if run.resume_from is not None:
         engine.load(run.resume_from)
-        progress.load(checkpoint.read_json(run.resume_from, "state"))
+        progress.load(checkpoint.read_state(run.resume_from))
     run.open(progress.step)
     introduce(run, progress.step)
     try:
@@ -360,7 +360,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 def draw_grid(run: Run, engine: Engine, step: int) -> None:
     """The same 16 images (noise and labels fixed) from the EMA of this step: `samples/NNNNNNN.png` and TensorBoard."""
-    classes = run.config.num_classes
+    classes = len(run.classes.trained)
     labels = [i * classes // 16 for i in range(16)] if classes > 16 else [i % classes for i in range(16)]
     settings = sampling_settings(run)
     with engine.averaged() as model:  # all processes draw: where parameters are sharded, each is needed
@@ -379,7 +379,7 @@ def draw_routing(run: Run, step: int, network: Recorder) -> None:
     """What the experts did for those images, in TensorBoard under `routing/`."""
     from analysis import plots  # matplotlib takes a second to import, and nothing else of training needs it
 
-    labels = [str(label) for label in network.tally.classes]
+    labels = [run.classes.name(label) for label in network.tally.classes]
     data = network.tally.result(model=f"{run.folder.name}, step {step}", class_names=labels)
     for by in plots.MAPS:
         run.log.image(step, f"routing/{by}", plots.pixels(plots.draw(by, data)))
@@ -388,7 +388,7 @@ def draw_routing(run: Run, step: int, network: Recorder) -> None:
 def report_metrics(run: Run, engine: Engine, step: int) -> None:
     """Images of all classes in turn, drawn by all processes from the EMA of this step, against the reference."""
     count, size = run.args.metrics_samples, run.args.image_size
-    labels = sampling.balanced_labels(count, run.data.num_classes, run.args.global_seed)
+    labels = sampling.balanced_labels(count, run.classes, run.args.global_seed)
     record = {"source": f"{run.folder} at step {step}"}
     with engine.averaged() as model:
         images = evaluation.DrawnImages(model, run.objective, run.space, labels, sampling_settings(run), size, record)

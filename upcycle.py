@@ -160,11 +160,11 @@ def check_output(path: Path) -> None:
 def objective_of(weights: checkpoint.Weights, said_rf: bool | None) -> dict:
     """The config of the objective: as recorded, else as the weights betray it, else as `--rf` says."""
     found = weights.objective
-    if found is None and said_rf is None:
+    if not found and said_rf is None:
         raise UsageError(f"{weights.source} does not tell its objective: say --rf or --rf False")
-    if found is not None and said_rf is not None and said_rf != (found == "rf"):
-        raise UsageError(f"--rf {said_rf} contradicts {weights.source}, which says {found}; drop the flag")
-    return weights.record["objective"] if weights.record else {"name": found or ("rf" if said_rf else "ddpm")}
+    if weights.record is not None and said_rf not in (None, found["name"] == "rf"):
+        raise UsageError(f"--rf {said_rf} contradicts {weights.source}, which says {found['name']}; drop the flag")
+    return found if said_rf is None else {"name": "rf" if said_rf else "ddpm"} | (found if weights.record else {})
 
 
 def load_source(weights: checkpoint.Weights) -> DiT:

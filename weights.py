@@ -6,6 +6,7 @@ python weights.py export results/000-DiT-S-2-8E2A-rf --output dit_moe_s.safetens
 """
 
 import contextlib
+import json
 from pathlib import Path
 
 import torch
@@ -15,7 +16,10 @@ from safetensors.torch import save_file
 import checkpoint
 import cli
 from cli import UsageError, positive_int
-from models import DiT, count_parameters, to_published
+from diffusion import objective_from_config
+from files import replace_json
+from models import UNSEEN, DiT, count_parameters, to_published
+from objectives import in_words
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,13 +58,16 @@ def describe(weights: checkpoint.Weights, norms: bool) -> list[str]:
     gigabytes = sum(tensor.numel() * tensor.element_size() for tensor in meta.values()) / 1e9
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in meta.values()})
     origin = "recorded" if record else "from the weights"
+    objective = in_words(objective_from_config(weights.objective)) if record else weights.objective.get("name")
     lines = [
         f"file         {weights.source}",
         f"model        {checkpoint.describe(config)}",
         f"parameters   {total:,} in total, {activated:,} activated",
         f"tensors      {len(meta)}, {', '.join(dtypes)}, {gigabytes:.3f} GB",
-        f"objective    {weights.objective or 'unknown'} ({origin})",
+        f"objective    {objective or 'unknown'} ({origin})",
     ]
+    if record and config.num_experts:
+        lines.append("experts      " + ", ".join(f"{name} {getattr(config, name)}" for name in UNSEEN))
     lines += [f"{key:<12} {record[key]}" for key in ("step", "image_size", "ema_decay", "space") if key in record]
     lines += ["", f"{'part':<26} {'tensors':>7} {'parameters':>15}"]
     parts: dict[str, list[int]] = {}
@@ -81,25 +88,32 @@ def describe(weights: checkpoint.Weights, norms: bool) -> list[str]:
 def export(weights: checkpoint.Weights, output: Path, dtype: str | None, flash_names: bool | None) -> None:
     """Write `weights` under the published names; the file appears when it is complete.
 
+    What is known of them besides (`checkpoint.Description`) goes into a `.safetensors`, and beside a `.pt` as `.json`.
+
     Raises:
-        UsageError: the suffix is another, the file exists or cannot be written.
+        UsageError: the suffix is another, a file exists or cannot be written.
     """
     if output.suffix not in (".safetensors", ".pt"):
         raise UsageError(f"--output {output} must end in .safetensors or .pt")
-    if output.exists():
-        raise UsageError(f"{output} exists; name another file")
+    beside = checkpoint.description_path(output) if output.suffix == ".pt" and weights.record is not None else None
+    for path in (output, beside):
+        if path is not None and path.exists():
+            raise UsageError(f"{path} exists; name another file")
     flash_names = weights.config.qk_norm if flash_names is None else flash_names
     tensors = {
         name: tensor.to(DTYPES[dtype] if dtype else tensor.dtype).clone(memory_format=torch.contiguous_format)
         for name, tensor in to_published(weights.state_dict, flash_names).items()
     }
+    metadata = None if weights.record is None else {checkpoint.DESCRIPTION: json.dumps(weights.record)}
     unfinished = output.with_name(f"{output.name}.unfinished")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.suffix == ".pt":
             torch.save({"ema": tensors}, unfinished)
         else:
-            save_file(tensors, unfinished)
+            save_file(tensors, unfinished, metadata)
+        if beside is not None:
+            replace_json(beside, weights.record)
         unfinished.rename(output)
     except (OSError, RuntimeError, SafetensorError) as error:
         with contextlib.suppress(OSError):

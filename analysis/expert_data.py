@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
 import distributed
 import sampling
 from analysis.routing import Recorder, RoutingData, Tally, evaluation_times
@@ -33,7 +32,7 @@ def get_parser() -> Parser:
     sampling.add_sampling_arguments(parser)
     parser.set_defaults(cfg_scale=1.5)
     group = parser.add_argument_group("images")
-    group.add_argument("--class-labels", type=int, nargs="+", metavar="LABEL", help="which classes; all by default")
+    group.add_argument("--class-labels", nargs="+", metavar="LABEL", help="numbers or names of classes; all by default")
     group.add_argument("--images-per-class", type=positive_int, default=4, help="of every label given")
     group.add_argument("--batch-size", type=positive_int, default=32, help="images a process draws at once")
     group.add_argument("--examples", type=natural_int, default=4, help="images of which every single choice is kept")
@@ -89,8 +88,7 @@ def plan(args, loaded: sampling.Loaded, precision: str) -> "Job":
     config, settings = loaded.model.config, loaded.settings
     if not config.moe_indices:
         raise UsageError(f"{loaded.source} is a dense model: it has no experts to look at")
-    classes = args.class_labels or list(range(config.num_classes))
-    sampling.check_labels(classes, config)
+    classes = sampling.choose_labels(args.class_labels, loaded) if args.class_labels else list(loaded.classes.trained)
     name = f"{loaded.name}-{settings}-{len(set(classes))}x{args.images_per_class}.npz"
     about = loaded.record(precision) | {
         "checkpoint": loaded.name + ("" if args.use_ema else "-no-ema"),
@@ -99,7 +97,7 @@ def plan(args, loaded: sampling.Loaded, precision: str) -> "Job":
         "batch_size": args.batch_size,
         "class_labels": classes,
         "images_per_class": args.images_per_class,
-        "class_names": class_names(loaded, sorted(set(classes))),
+        "class_names": [loaded.classes.name(label) for label in sorted(set(classes))],
         "examples": spread(len(classes) * args.images_per_class, args.examples),
     }
     return Job(
@@ -110,13 +108,6 @@ def plan(args, loaded: sampling.Loaded, precision: str) -> "Job":
         image_size=loaded.image_size,
         batch_size=args.batch_size,
     )
-
-
-def class_names(loaded: sampling.Loaded, classes: list[int]) -> list[str]:
-    """The names of the folders that a run was trained on; the labels where it is not known."""
-    record = checkpoint.read_json(loaded.source, "config") if loaded.source.is_dir() else {}
-    names = record.get("data", {}).get("class_names", [])
-    return [names[label] if label < len(names) else str(label) for label in classes]
 
 
 def spread(count: int, wanted: int) -> list[int]:

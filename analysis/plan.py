@@ -744,7 +744,7 @@ def main(args) -> None:
         rows = size_table()
         print(json.dumps(rows, indent=2) if args.json else markdown(rows))
         return
-    settings = vars(args).copy()
+    settings = cli.values(args)
     for name in ("table", "json"):
         del settings[name]
     settings["pixels"] = settings.pop("vae_path") == "none"

@@ -377,4 +377,4 @@ def command() -> str:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in cli.values(args).items()}

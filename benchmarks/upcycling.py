@@ -74,7 +74,7 @@ def main(args) -> None:
             last = args.dense_steps + args.steps
             curves[name].append(curve(train(model, training, held_out, seed, first, last, args.eval_every)))
             print(f"seed {seed}  {name:<24} {curves[name][-1][-1][1]:.4f}  {time.perf_counter() - began:4.0f} s")
-    settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+    settings = {name: value for name, value in cli.values(args).items() if not isinstance(value, Path)}
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps({"settings": settings, "curves": curves, "parameters": parameters}, indent=1))
     draw(curves, args.dense_steps, args.plot)

@@ -1,5 +1,6 @@
 """What the tests share: golden data, tiny models and data sets, and a way to run the scripts as a user does."""
 
+import json
 import os
 import subprocess
 import sys
@@ -65,3 +66,8 @@ def script(*arguments, cwd: Path = ROOT, processes: int = 1, check: int | None =
     if check is not None:
         assert result.returncode == check, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+def read_json(folder: Path, stem: str) -> dict:
+    """A JSON file of a checkpoint, as it stands there."""
+    return json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))

@@ -93,7 +93,7 @@ def test_everything_recorded_equals_a_slow_loop(tmp_path, flags, model, objectiv
     config = model.config
     flags = [*flags, "--class-labels", 3, 0, "--images-per-class", 3, "--examples", 2]
     ckpt = tmp_path / "ckpt"
-    facts = {"model": config.to_dict(), "objective": objective.config(), "space": {"path": "none"}}
+    facts = {"format": 1, "model": config.to_dict(), "objective": objective.config(), "space": {"path": "none"}}
     checkpoint.save(
         ckpt, {"ema": model.state_dict()}, {"config": facts | {"data": {"class_names": ["a", "b", "c", "d"]}}}
     )

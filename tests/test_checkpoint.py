@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import Golden
+from conftest import Golden, read_json
 from safetensors.torch import save_file
 
 import checkpoint
@@ -35,7 +35,7 @@ def test_what_is_written_is_read(tmp_path):
     write(folder)
     checkpoint.verify(folder)
     assert torch.equal(checkpoint.read_tensors(folder, "model")["w"], torch.ones(64))
-    assert checkpoint.read_json(folder, "config") == {"step": 1}
+    assert read_json(folder, "config") == {"step": 1}
     assert sorted(p.name for p in folder.iterdir()) == [
         "config.json",
         "manifest.json",
@@ -165,14 +165,14 @@ def test_golden_file_loads_and_agrees(tmp_path, golden):
 def test_weights_betray_their_objective(tmp_path):
     model = tiny()
     torch.save(model.state_dict(), tmp_path / "m.pt")
-    assert load_weights(tmp_path / "m.pt").objective == "ddpm"
+    assert load_weights(tmp_path / "m.pt").objective == {"name": "ddpm"}
     with torch.no_grad():
         model.final_layer.linear.weight.unflatten(0, (-1, 2, 4))[:, 1] = 0
     torch.save(model.state_dict(), tmp_path / "m.pt")
-    assert load_weights(tmp_path / "m.pt").objective == "rf"
+    assert load_weights(tmp_path / "m.pt").objective == {"name": "rf"}
     torch.nn.init.zeros_(model.final_layer.linear.weight)
     torch.save(model.state_dict(), tmp_path / "m.pt")
-    assert load_weights(tmp_path / "m.pt").objective is None
+    assert load_weights(tmp_path / "m.pt").objective == {}
 
 
 def test_a_misfit_names_what_the_file_looks_like(tmp_path):

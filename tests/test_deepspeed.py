@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, read_json, script
 from faults import Child
 from PIL import Image
 from safetensors.torch import load_file
@@ -138,7 +138,7 @@ def test_every_stage_follows_ddp_and_resumes(images):
         assert_close_weights(ddp, run, 4)
         saved = run / "checkpoints" / "0000004"
         checkpoint.verify(saved)
-        names = checkpoint.read_json(saved, "manifest")["files"]
+        names = read_json(saved, "manifest")["files"]
         assert sum(name.startswith("deepspeed/") for name in names) >= 3
     for stage, processes in ((2, 4), (3, 1)):
         run = runs[stage]

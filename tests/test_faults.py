@@ -11,6 +11,7 @@ from pathlib import Path
 import faults
 import pytest
 import torch
+from conftest import read_json
 from test_training import TINY, assert_same_state, metrics, run_train
 
 import checkpoint
@@ -63,7 +64,7 @@ def test_killed_while_saving_a_hundred_times(tmp_path):
         died_in_the_middle += any(folder.glob(".unfinished*"))
         newest = checkpoint.checkpoints_of(folder)[0]
         checkpoint.verify(newest)
-        step = checkpoint.read_json(newest, "state")["step"]
+        step = read_json(newest, "state")["step"]
         assert step >= int(committed.read_text())
         assert torch.equal(checkpoint.read_tensors(newest, "model")["w"], torch.full((20_000,), float(step)))
         checkpoint.sweep(folder)
@@ -100,7 +101,7 @@ def test_terminated_twenty_times_ends_as_if_never(images):
         assert child.wait() == 143, (images.parent / "output.txt").read_text()
         run = run_folder(images)
         newest = checkpoint.newest_good(run)
-        assert checkpoint.read_json(newest, "state")["step"] == metrics(run)[-1]["step"] == steps_logged(images)
+        assert read_json(newest, "state")["step"] == metrics(run)[-1]["step"] == steps_logged(images)
         assert len(checkpoint.checkpoints_of(run)) <= 2
     assert train_in_a_child(images, *flags).wait() == 0
     whole = run_train(images, "--accum_iter", 2, "--ckpt-every", 1000, steps=200, results="whole")
@@ -144,7 +145,7 @@ def test_disk_full_in_the_middle(images):
     assert re.search(r"^train.py: stopped: could not write .*free some space and resume$", output, re.MULTILINE), output
     assert log.read_text().count("WARNING: checkpoint") >= 4
     assert not list((run / "checkpoints").glob(".*"))
-    step = checkpoint.read_json(checkpoint.newest_good(run), "state")["step"]
+    step = read_json(checkpoint.newest_good(run), "state")["step"]
     run_train(images, "--resume", "auto", "--ckpt-every", 20, steps=step + 1)
 
 

@@ -22,6 +22,7 @@ from test_scripts import accepted_by, bash, flags, torchrun  # noqa: F401 (a fix
 import checkpoint
 import sample_ddp
 import sampling
+from classes import Classes
 from cli import RunStopped, UsageError, run
 from data import PixelSpace
 from diffusion import RectifiedFlow
@@ -117,15 +118,15 @@ def test_labels(ckpt, tmp_path):
     _, balanced = load(draw(ckpt, tmp_path / "a", "--num-fid-samples", 10, "--labels", "balanced"))
     assert balanced.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     _, labels = load(draw(ckpt, tmp_path / "b", "--num-fid-samples", 10))
-    assert labels.tolist() == sampling.random_labels(10, 4, 0)
+    assert labels.tolist() == sampling.random_labels(10, Classes(4), 0)
 
 
 def test_random_labels_are_uniform_and_depend_on_seed_and_index_alone():
-    labels = sampling.random_labels(4000, 10, 0)
+    labels = sampling.random_labels(4000, Classes(10), 0)
     counts = np.bincount(labels, minlength=10)
     assert len(counts) == 10 and ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-squared, 9 degrees: 0.1 %
-    assert sampling.random_labels(100, 10, 0) == labels[:100]
-    assert sampling.random_labels(100, 10, 1) != labels[:100]
+    assert sampling.random_labels(100, Classes(10), 0) == labels[:100]
+    assert sampling.random_labels(100, Classes(10), 1) != labels[:100]
 
 
 def test_without_png_files_and_then_with(ckpt, tmp_path, drawn):
@@ -170,7 +171,7 @@ def test_the_folder_of_a_runs_checkpoint_names_the_run():
     source = Path("000-run/checkpoints/0000002")
     settings = sampling.Settings("50", "euler")
     model = random_model()
-    loaded = sampling.Loaded(model, model, RectifiedFlow(), PixelSpace(), 8, source, settings)
+    loaded = sampling.Loaded(model, model, RectifiedFlow(), PixelSpace(), 8, source, settings, Classes(4))
     args = sample_ddp.get_parser().parse_args(["--ckpt", "x", "--num-fid-samples", "2", "--use-ema", "False"])
     plan = sample_ddp.plan(args, loaded, settings, "fp32")
     assert plan.folder == Path("samples/000-run-0000002-no-ema-8px-euler50-cfg1-seed0-random-fp32-2")
@@ -361,7 +362,6 @@ def refused(capsys, monkeypatch, arguments: list[str], message: str) -> None:
         (["--num-classes", "1000"], "--num-classes 1000 contradicts"),
         (["--image-size", "256"], "--image-size 256 contradicts"),
         (["--num_experts", "8"], "--num_experts 8 contradicts"),
-        (["--rf", "False"], "--rf False contradicts"),
         (["--vae-path", "./nowhere"], "nowhere"),
         (["--sampler", "ddpm"], "belongs to the objective 'ddpm'"),
         (["--sampler", "best"], "best"),
@@ -383,7 +383,7 @@ def test_wrong_flags_get_one_line_and_leave_nothing_behind(ckpt, tmp_path, flags
 
 def test_guidance_without_a_null_class_is_refused(tmp_path, capsys, monkeypatch):
     model = random_model(class_dropout_prob=0)
-    record = {"model": asdict(model.config), "objective": {"name": "rf"}, "space": {"path": "none"}}
+    record = {"format": 1, "model": asdict(model.config), "objective": {"name": "rf"}, "space": {"path": "none"}}
     checkpoint.save(tmp_path / "ckpt", {"ema": model.state_dict()}, {"config": record})
     refused(capsys, monkeypatch, argv(tmp_path / "ckpt", tmp_path / "a", "--num-fid-samples", 4), "needs a null class")
     assert not (tmp_path / "a").exists()

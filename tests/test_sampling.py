@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import read_json
 from PIL import Image
 
-import checkpoint
 import models
 import sample
 import sampling
@@ -150,7 +150,7 @@ def test_half_precision_weights_draw_nearly_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rf", "False"], "--rf False contradicts .*which says True"),
+        (["--rf", "False"], "--rf False contradicts .*trained with rf"),
         (["--num_experts", "8"], "--num_experts 8 contradicts .*which says 4"),
         (["--num_experts_per_tok", "3"], "--num_experts_per_tok 3 contradicts"),
         (["--image-size", "256"], "--image-size 256 contradicts .*which says 8"),
@@ -205,7 +205,7 @@ def test_training_and_sampling_in_latent_space(tmp_path):
     flags = ["--vae-path", vae, "--image-size", 16, "--rf", "False", "--sample-every", 2]
     run = trained(images, *flags)
     assert np.asarray(Image.open(run / "samples" / "0000002.png")).shape == (2 * 50 + 2, 8 * 50 + 2, 3)
-    record = checkpoint.read_json(run / "checkpoints" / "0000002", "config")
+    record = read_json(run / "checkpoints" / "0000002", "config")
     assert record["space"]["scaling_factor"] == 0.5 and record["model"]["input_size"] == 8
     drawn, _ = draw("--ckpt", run, "--num-sampling-steps", 5, "--output", tmp_path / "out")
     assert drawn.shape == (4, 16, 16, 3)
@@ -222,5 +222,5 @@ def test_training_from_fast_dit_features(tmp_path):
     argv += ["--global-batch-size", "4", "--max-steps", "2", "--results-dir", str(tmp_path / "results")]
     args = train.get_parser().parse_args(argv)
     train.main(args)
-    record = checkpoint.read_json(tmp_path / "results/000-DiT-Nano-2-ddpm/checkpoints/0000002", "config")
+    record = read_json(tmp_path / "results/000-DiT-Nano-2-ddpm/checkpoints/0000002", "config")
     assert record["model"]["input_size"] == 32 and record["model"]["in_channels"] == 4

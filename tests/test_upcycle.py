@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import Golden, script
+from conftest import Golden, read_json, script
 
 import checkpoint
 import models
@@ -15,6 +15,7 @@ import sample
 import train
 import upcycle
 from cli import UsageError, run
+from diffusion import RectifiedFlow
 from models import DiT, build_model
 from moe import EXPERTS
 from upcycle import Recipe, break_symmetry, mlp_of, random_outputs, replicate
@@ -245,7 +246,7 @@ def test_published_file_to_checkpoint(tmp_path, monkeypatch, capsys):
 
     checkpoint.verify(tmp_path / "a" / "moe")
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"moe"}
-    record = checkpoint.read_json(tmp_path / "a" / "moe", "config")
+    record = read_json(tmp_path / "a" / "moe", "config")
     assert record["objective"]["name"] == "rf" and record["step"] == 0
     assert record["upcycled"]["source"] == "dense.pt" and record["upcycled"]["num_experts"] == 8
     for which in ("ema", "model"):
@@ -289,7 +290,7 @@ def test_a_run_of_ours_is_upcycled_sampled_and_trained(images, tmp_path, monkeyp
     dense = trained(images, "--timestep-shift", 2)
     folder = tmp_path / "moe"
     command(monkeypatch, "--ckpt", dense, "--num_experts", 4, "--output", folder, "--expert-noise", noise)
-    record = checkpoint.read_json(folder, "config")
+    record = read_json(folder, "config")
     assert record["objective"]["shift"] == 2 and record["space"]["path"] == "none" and record["data"]["samples"] == 40
 
     flags = ["--ckpt", folder, "--output", tmp_path / "out", "--num-sampling-steps", 2, "--device", "cpu"]
@@ -319,6 +320,10 @@ def files(tmp_path) -> dict:
     torch.save(models.to_published(build_model("DiT-Nano/2", input_size=8).state_dict()), paths["fresh"])
     one = random_model(num_experts=1, num_experts_per_tok=1, moe_layers="1")
     torch.save(models.to_published(one.state_dict()), paths["one"])
+    paths["recorded"] = tmp_path / "recorded.pt"
+    save_as_flow(random_model(), paths["recorded"])
+    record = {"format": 1, "model": random_model().config.to_dict(), "objective": RectifiedFlow().config()}
+    (tmp_path / "recorded.json").write_text(json.dumps(record))
     paths["exists"].mkdir()
     paths["file"].write_text("not a checkpoint")
     return paths
@@ -332,7 +337,7 @@ def files(tmp_path) -> dict:
         (["--ckpt", "absent.pt"], "checkpoint absent.pt does not exist"),
         (["--ckpt", "exists"], "exists holds no checkpoint"),
         (["--ckpt", "fresh"], "does not tell its objective: say --rf"),
-        (["--rf", "False"], "--rf False contradicts .*dense.pt, which says rf"),
+        (["--ckpt", "recorded", "--rf", "False"], "--rf False contradicts .*recorded.pt, which says rf"),
         (["--ckpt", "one", "--moe-layers", "all"], "--moe-layers all: the source's experts are in 1"),
         (["--ckpt", "one", "--shared-expert"], "the source has a shared expert already"),
         (["--num_experts", "0"], "--num_experts: expected a whole number of at least 1"),

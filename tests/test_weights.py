@@ -66,7 +66,14 @@ def test_export_of_a_run_and_halves(images, tmp_path, monkeypatch, capsys):
 def test_inspect_shows_what_a_file_holds(images, tmp_path, monkeypatch, capsys):
     run = run_train(images, steps=2)
     out, _ = call(monkeypatch, capsys, weights, "inspect", run, "--norms")
-    for expected in ("DiT-Nano/2, 4 experts, 4 classes", "rf (recorded)", "step         2", "block 2", "float32"):
+    for expected in (
+        "DiT-Nano/2, 4 experts, 4 classes",
+        "rf (t_distribution lognormal, shift 1.0, time_scale 1.0) (recorded)",
+        "num_experts_per_tok 2",
+        "step         2",
+        "block 2",
+        "float32",
+    ):
         assert expected in out
     norms = [float(value) for value in out.splitlines()[-1].split()[2:]]
     state = checkpoint.load_weights(run).state_dict
