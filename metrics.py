@@ -77,7 +77,7 @@ def frechet_distance(mean1, covariance1, mean2, covariance2) -> float:
     roots = _singular_values(_factor(covariance1).T @ _factor(covariance2))
     spread = covariance1.trace() + covariance2.trace()
     distance = ((mean1 - mean2).square().sum() + spread - 2 * roots.sum()).item()
-    assert distance > -1e-6 * spread, f"a distance of {distance}"
+    assert distance >= -1e-6 * spread, f"a distance of {distance}"
     return max(0.0, distance)  # what is below is rounding
 
 

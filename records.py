@@ -94,7 +94,7 @@ def check_arrays(
         for letter, size in zip(letters, shape, strict=False):
             fits = fits and sizes.setdefault(letter, size) == size
         if not fits:
-            expected = f"({', '.join(map(str, expected))})"
+            expected = str(expected).replace("'", "")
             raise BadRecord(f"{source}: {name} is {shape}, expected {expected}{_advice(what_to_do)}")
     return sizes
 
