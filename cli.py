@@ -26,8 +26,10 @@ class UsageError(ValueError):
 class RunStopped(RuntimeError):
     """A run cannot go on for a reason outside the code; the message says which and what to do.
 
-    `run` prints it as one line and exits with code 1.
+    `run` prints it as one line and exits with code 1. `everywhere`: as of `UsageError`.
     """
+
+    everywhere = False
 
 
 def boolean(text: str) -> bool:
@@ -40,8 +42,8 @@ def boolean(text: str) -> bool:
 
 
 def positive_int(text: str) -> int:
-    """An integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
+    """An integer of at least 1 (and below 2^63)."""
+    if not text.isdecimal() or not 1 <= int(text) < 2**63:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
 
@@ -153,7 +155,8 @@ def run(main, parser: argparse.ArgumentParser) -> None:
             print(f"{parser.prog}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except RunStopped as error:
-        print(f"{parser.prog}: stopped: {error}{f' [process {_rank()}]' if _rank() else ''}", file=sys.stderr)
+        if not (error.everywhere and _rank()):
+            print(f"{parser.prog}: stopped: {error}{f' [process {_rank()}]' if _rank() else ''}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

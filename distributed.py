@@ -7,6 +7,7 @@ rank only which GPU it uses.
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -79,7 +80,7 @@ class Processes:
                 change(timedelta(seconds=seconds), group)
 
     def on_main(self, function: Callable):
-        """What `function()` gives on rank 0, on every process; a UsageError of it is raised on every process."""
+        """What `function()` gives on rank 0, on every process; what it says to the user is raised on every process."""
         value = error = None
         if self.is_main:
             value, error = _outcome(function)
@@ -87,19 +88,19 @@ class Processes:
         return _value_or_raise(value, error)
 
     def together(self, function: Callable):
-        """`function()` on every process, which must not wait for another one; if one raises a UsageError, all do."""
+        """`function()` on every process, which must not wait for another one; if one has to say something, all do."""
         value, error = _outcome(function)
         return _value_or_raise(value, next((e for e in self.gather(error) if e is not None), None))
 
 
-def _outcome(function: Callable) -> tuple[object, UsageError | None]:
+def _outcome(function: Callable) -> tuple[object, UsageError | RunStopped | None]:
     try:
         return function(), None
-    except UsageError as error:
+    except (UsageError, RunStopped) as error:
         return None, error
 
 
-def _value_or_raise(value, error: UsageError | None):
+def _value_or_raise(value, error: UsageError | RunStopped | None):
     if error is None:
         return value
     error.everywhere = True
@@ -222,19 +223,39 @@ def new_run_folder(results_dir: Path, name: str) -> Path:
         raise UsageError(f"--results-dir {results_dir} cannot be written: {error.strerror or error}") from None
 
 
-def claim(folder: Path):
-    """Hold a run folder for this process until it ends or closes what this returns.
+def claim(folder: Path, held: str):
+    """Hold a folder for this process until it ends or closes what this returns.
+
+    Where the disk knows no locks, as some of clusters do, that is said and nothing is held.
+
+    Args:
+        held: what to say if another process holds it.
 
     Raises:
-        UsageError: another process has it.
+        UsageError: another process has it, or it cannot be written.
     """
-    file = open(folder / ".lock", "w")  # noqa: SIM115 (kept open: that is the claim)
+    try:
+        file = open(folder / ".lock", "w")  # noqa: SIM115 (kept open: that is the claim)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UsageError(f"another process trains in {folder}; wait for it, or drop --resume for a new run") from None
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise UsageError(held) from None
+        print(
+            f"WARNING: {folder} is on a disk without locks ({error.strerror}): nothing keeps a second process out",
+            file=sys.stderr,
+        )
     return file
+
+
+def release(claim) -> None:
+    """Give a folder back, and leave no trace in it."""
+    with contextlib.suppress(OSError):
+        os.unlink(claim.name)
+    claim.close()
 
 
 def find_runs(results_dir: Path, name: str) -> list[Path]:

@@ -228,7 +228,8 @@ class Run:
     def _claim_folder(self) -> Path:
         name = run_name(self.args.model, self.config, self.objective)
         folder = self.folder or distributed.new_run_folder(self.args.results_dir, name)
-        self._claim = distributed.claim(folder)
+        held = f"another process trains in {folder}; wait for it, or drop --resume for a new run"
+        self._claim = distributed.claim(folder, held)
         return folder
 
     def close(self) -> None:
@@ -305,6 +306,8 @@ def _choose(args, processes: distributed.Processes) -> Choices:
     objective = choose_objective(args, found)
     spell_out(args, objective)
     check_needs(args, (*objectives.NEEDS, *NEEDS))
+    if model.null_class is None and "sample_cfg_scale" in args.given and args.sample_cfg_scale != 1:
+        raise UsageError("--sample-cfg-scale needs a null class, which --class-dropout-prob 0 leaves out; use scale 1")
     return Choices(args, model, objective, weights)
 
 

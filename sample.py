@@ -1,19 +1,34 @@
 """Sample images from a checkpoint: PNG files, a grid, and one `.npz` with images and labels.
 
+`settings.json` beside them tells what they were drawn with, and which files are of this script: another call for the
+same folder replaces those, and nothing else.
+
 python sample.py --ckpt results/000-DiT-S-2-8E2A-rf --cfg-scale 1.5
 python sample.py --model DiT-XL/2 --ckpt dit_moe_xl_8E2A.pt --vae-path sd-vae-ft-mse --num_experts 8 --cfg-scale 1.5
 """
 
 import itertools
 from pathlib import Path
+from typing import NotRequired
 
 import numpy as np
+from typing_extensions import TypedDict
 
 import distributed
 import sampling
 from cli import Parser, UsageError, natural_int, positive_int, run
+from files import replace_json
+from records import read_record
 
+TOOL, SETTINGS = "sample.py", "settings.json"
 IMAGENET_FAVOURITES = [207, 360, 387, 974, 88, 979, 417, 279]  # the classes that DiT shows
+
+
+class Mark(TypedDict):
+    """settings.json"""
+
+    tool: NotRequired[str]  # without one, it is an older sample_ddp.py's
+    files: NotRequired[list[str]]
 
 
 def get_parser() -> Parser:
@@ -39,11 +54,18 @@ def main(args) -> None:
     settings = loaded.settings
     labels = choose_labels(args, loaded)
 
+    columns = args.images_per_class if args.images_per_class > 1 else min(8, len(labels))
+    columns = columns if args.grid is None else args.grid
+    names = ["samples.npz"] + (["grid.png"] if columns else [])
+    names += [f"{index:06d}.png" for index in range(len(labels))] if args.png else []
     folder = choose_folder(args, loaded)
+    before = files_of_before(folder, names)
 
     images = draw(loaded, labels, settings, args.batch_size)
-    columns = args.images_per_class if args.images_per_class > 1 else min(8, len(labels))
-    write(folder, images, labels, columns if args.grid is None else args.grid, args.png)
+    for name in before:
+        (folder / name).unlink(missing_ok=True)
+    replace_json(folder / SETTINGS, {"tool": TOOL, "files": names} | loaded.record(precision))
+    write(folder, images, labels, columns, args.png)
     print(f"{len(images)} images of {loaded.image_size}x{loaded.image_size} ({settings}, {precision}) in {folder}")
 
 
@@ -91,11 +113,24 @@ def draw(loaded: sampling.Loaded, labels: list[int], settings: sampling.Settings
     return images
 
 
+def files_of_before(folder: Path, names: list[str]) -> list[str]:
+    """What an earlier call left in a folder, to be replaced; checked before anything is drawn.
+
+    Raises:
+        UsageError: the folder is another tool's, or holds files of these names that nobody answers for.
+    """
+    mark = folder / SETTINGS
+    if not mark.exists():
+        if there := [name for name in names if (folder / name).exists()]:
+            raise UsageError(f"{folder} holds {there[0]}, which this script did not make: use another --output")
+        return []
+    record = read_record(mark, Mark, f"use another --output, or remove {folder}")
+    if record.get("tool") != TOOL:
+        raise UsageError(f"{folder} holds images of {record.get('tool', 'sample_ddp.py')}: use another --output")
+    return [Path(name).name for name in record.get("files", [])]  # never a file elsewhere
+
+
 def write(folder: Path, images: np.ndarray, labels: list[int], columns: int, png: bool) -> None:
-    before = folder / "samples.npz"
-    if before.is_file():  # of an earlier call to this --output: its files make room, others stay
-        for index in range(len(sampling.open_npz(before)[1])):
-            (folder / f"{index:06d}.png").unlink(missing_ok=True)
     sampling.save_npz(folder / "samples.npz", [images], labels)
     if columns:
         sampling.save_png(folder / "grid.png", sampling.image_grid(images, columns))

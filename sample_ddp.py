@@ -4,15 +4,18 @@ torchrun --nproc_per_node=8 sample_ddp.py --ckpt results/000-DiT-S-2-8E2A-rf --n
 torchrun --nproc_per_node=8 sample_ddp.py --model DiT-XL/2 --ckpt dit_moe_xl_8E2A.pt --vae-path sd-vae-ft-mse
 
 An image depends on its index, the seed and the checkpoint alone, so any number of processes draws the same set. The
-same command again goes on after a kill, with as many processes as there are then.
+same command again goes on after a kill, with as many processes and as large batches as it then has; to the bit, images
+are those of an unbroken run for one `--per-proc-batch-size`: matrix products round otherwise in another batch.
 """
 
 import json
+import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +24,9 @@ import distributed
 import sampling
 from cli import Parser, RunStopped, UsageError, positive_int, run
 from files import UNFINISHED, replace_json
+from records import read_record
 
+TOOL = "sample_ddp.py"
 ELSEWHERE = "use another --sample-dir"
 
 
@@ -51,8 +56,8 @@ def main(args) -> None:
         settings = loaded.settings
 
         images = processes.together(lambda: plan(args, loaded, settings, precision))
-        todo = open_together(images, processes)
         try:
+            todo = open_together(images, processes)
             drawn, seconds = draw(loaded, settings, images, todo, processes)
             if processes.is_main:
                 images.finish()
@@ -61,6 +66,8 @@ def main(args) -> None:
             raise RunStopped(f"{error}: finished images are kept, the same command goes on") from None
         except torch.OutOfMemoryError:
             raise RunStopped("out of GPU memory: use a smaller --per-proc-batch-size") from None
+        finally:
+            images.release()
     finally:
         distributed.stop()
 
@@ -83,11 +90,8 @@ def plan(args, loaded: sampling.Loaded, settings: sampling.Settings, precision: 
     """The set that the command asks for, and where it goes. Writes nothing."""
     name = loaded.name + ("" if args.use_ema else "-no-ema")
     folder = f"{name}-{loaded.image_size}px-{settings}-{args.labels}-{precision}-{args.num_samples}"
-    record = loaded.record(precision) | {
-        "labels": args.labels,
-        "num-fid-samples": args.num_samples,
-        "per-proc-batch-size": args.per_proc_batch_size,
-    }
+    record = {"tool": TOOL} | loaded.record(precision)
+    record |= {"labels": args.labels, "num-fid-samples": args.num_samples}
     return ImageSet(
         folder=args.sample_dir / folder,
         record=json.loads(json.dumps(record)),  # as it will be read back
@@ -100,10 +104,11 @@ def plan(args, loaded: sampling.Loaded, settings: sampling.Settings, precision: 
 
 @dataclass
 class ImageSet:
-    """N images in a folder of their own. Batch b holds images bB .. bB + B - 1, whichever process draws it.
+    """N images in a folder of their own, drawn in batches: ranges of indices that never cross a multiple of the batch
+    size, so that a set which goes on with the same size goes on with the same batches.
 
-    A batch is finished when its part, a small `.npz`, is there; its PNG files come first. The parts become one file in
-    the end. `settings.json` tells what they were drawn with.
+    A batch is finished when its part, a small `.npz` whose name tells the range, is there; its PNG files come first.
+    The parts become one file in the end. `settings.json` tells what they were drawn with.
     """
 
     folder: Path
@@ -112,6 +117,12 @@ class ImageSet:
     image_size: int
     batch_size: int
     png: bool
+    claim: Any = None  # of the folder, on rank 0
+    found: list[range] = field(default_factory=list)  # whose images are in a file: the parts of an earlier call, or all
+
+    @property
+    def all(self) -> range:
+        return range(len(self.labels))
 
     @property
     def npz(self) -> Path:
@@ -122,51 +133,80 @@ class ImageSet:
         return self.folder / "settings.json"
 
     @property
-    def num_batches(self) -> int:
-        return -(-len(self.labels) // self.batch_size)
+    def parts(self) -> Path:
+        return self.folder / "parts"
 
-    def part(self, batch: int) -> Path:
-        return self.folder / "parts" / f"{batch:06d}.npz"
+    def part(self, batch: range) -> Path:
+        return self.parts / f"{batch.start:06d}-{batch.stop:06d}.npz"
 
-    def indices(self, batch: int) -> range:
-        start = batch * self.batch_size
-        return range(start, min(start + self.batch_size, len(self.labels)))
+    def labels_of(self, batch: range) -> np.ndarray:
+        return self.labels[batch.start : batch.stop]
 
-    def labels_of(self, batch: int) -> np.ndarray:
-        indices = self.indices(batch)
-        return self.labels[indices.start : indices.stop]
-
-    def open(self) -> list[int]:
-        """Make the folder, or see what it holds; returns the batches that are not finished.
+    def open(self) -> tuple[list[range], list[range]]:
+        """Make the folder, or see what it holds, and hold it; returns the batches that are not finished, and `found`.
 
         Raises:
-            UsageError: the folder cannot be written, or holds something else, or images drawn with other settings.
+            UsageError: another command draws into the folder, it cannot be written, or holds something else, or images
+                drawn with other settings.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.claim = distributed.claim(self.folder, f"another command draws into {self.folder}: wait for its end")
             for leftover in self.folder.rglob(f"{UNFINISHED}*"):
                 leftover.unlink()
             self._compare_settings()
             replace_json(self.settings, self.record)
-            self.part(0).parent.mkdir(exist_ok=True)
+            self.parts.mkdir(exist_ok=True)
         except OSError as error:
             place = self.folder.parent
             raise UsageError(f"--sample-dir {place} cannot be written: {error.strerror or error}") from None
-        names = {path.name for path in self.folder.iterdir()}
-        whole = self._stored(self.npz, self.labels) is not None
-        return [batch for batch in range(self.num_batches) if not self._finished(batch, whole, names)]
+        if self._stored(self.npz, self.all, verify=True) is not None:
+            found = [self.all]
+        else:
+            self.npz.unlink(missing_ok=True)
+            found = self._good_parts()
+        todo = self._batches(found)
+        if self.png:  # of what is drawn, some PNG files may be missing
+            names = {path.name for path in self.folder.iterdir()}
+            drawn = [part for batch in found for part in self._cut(batch)]
+            todo += [batch for batch in drawn if any(png_name(index) not in names for index in batch)]
+        return sorted(todo, key=lambda batch: batch.start), found
+
+    def _batches(self, found: list[range]) -> list[range]:
+        """What `found` leaves, in batches."""
+        edges = [0, *(edge for batch in found for edge in (batch.start, batch.stop)), len(self.labels)]
+        gaps = [range(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+        return [batch for gap in gaps for batch in self._cut(gap)]
+
+    def _cut(self, indices: range) -> list[range]:
+        """A range at the multiples of the batch size."""
+        size = self.batch_size
+        starts = [indices.start, *range((indices.start // size + 1) * size, indices.stop, size)] if indices else []
+        return [range(start, min((start // size + 1) * size, indices.stop)) for start in starts]
+
+    def _good_parts(self) -> list[range]:
+        """The finished parts, ascending; what is not as it should be, or is there twice, is removed."""
+        found, end = [], 0
+        for path in sorted(self.parts.iterdir()):
+            match = re.fullmatch(r"(\d+)-(\d+)\.npz", path.name)
+            part = range(int(match[1]), int(match[2])) if match else range(0)
+            fits = part and end <= part.start and part.stop <= len(self.labels)
+            if fits and self._stored(path, part, verify=True) is not None:
+                found.append(part)
+                end = part.stop
+            else:
+                path.unlink()
+        return found
 
     def _compare_settings(self) -> None:
         """Images that are there already must have been drawn as the others are to be."""
-        found = sorted({path.name for path in self.folder.iterdir()} - {self.settings.name})
+        found = sorted({path.name for path in self.folder.iterdir()} - {self.settings.name, ".lock"})
         if not self.settings.exists() and found:
             raise UsageError(f"{self.folder} holds {found[0]} but no {self.settings.name}: remove it, or {ELSEWHERE}")
-        if found == [] or (found == ["parts"] and not any(self.part(0).parent.iterdir())):
-            return  # nothing was finished, so another batch size is welcome
-        try:
-            before = dict(json.loads(self.settings.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"{self.settings} is damaged ({error}): remove {self.folder}, or {ELSEWHERE}") from None
+        if found == [] or (found == ["parts"] and not any(self.parts.iterdir())):
+            return  # nothing was finished
+        before = read_record(self.settings, dict[str, Any], f"remove {self.folder}, or {ELSEWHERE}")
+        before = {"tool": TOOL} | {key: value for key, value in before.items() if key != "per-proc-batch-size"}
         for key in sorted(before.keys() | self.record.keys()):
             if before.get(key) != self.record.get(key):
                 raise UsageError(
@@ -174,60 +214,56 @@ class ImageSet:
                     f"remove it, or {ELSEWHERE}"
                 )
 
-    def _finished(self, batch: int, whole: bool, names: set[str]) -> bool:
-        """`names`: of the files in the folder. A part that is not as it should be is removed."""
-        if not whole and self._stored(self.part(batch), self.labels_of(batch), verify=True) is None:
-            self.part(batch).unlink(missing_ok=True)
-            return False
-        return not (self.png and any(png_name(index) not in names for index in self.indices(batch)))
-
-    def _stored(self, path: Path, labels: np.ndarray, verify: bool = False) -> np.ndarray | None:
+    def _stored(self, path: Path, batch: range, verify: bool = False) -> np.ndarray | None:
         """The images of a file, memory-mapped, if it is whole and of the right size and labels."""
         try:
             images, found = sampling.open_npz(path, verify)
         except UsageError:
             return None
-        fits = images.shape == (len(labels), self.image_size, self.image_size, 3) and np.array_equal(found, labels)
-        return images if fits else None
+        fits = images.shape == (len(batch), self.image_size, self.image_size, 3)
+        return images if fits and np.array_equal(found, self.labels_of(batch)) else None
 
-    def read(self, batch: int) -> np.ndarray | None:
+    def read(self, batch: range) -> np.ndarray | None:
         """The images of a batch that is drawn, whose PNG files may be missing; else None."""
-        if (images := self._stored(self.npz, self.labels)) is not None:
-            indices = self.indices(batch)
-            return images[indices.start : indices.stop]
-        return self._stored(self.part(batch), self.labels_of(batch))
+        for part in self.found:
+            if part.start <= batch.start and batch.stop <= part.stop:
+                images = self._stored(self.npz if part == self.all else self.part(part), part)
+                return images if images is None else images[batch.start - part.start : batch.stop - part.start]
+        return None
 
-    def write(self, batch: int, images: np.ndarray, new: bool) -> None:
+    def write(self, batch: range, images: np.ndarray, new: bool) -> None:
         if self.png:
-            for index, image in zip(self.indices(batch), images, strict=True):
+            for index, image in zip(batch, images, strict=True):
                 sampling.save_png(self.folder / png_name(index), image)
         if new:
             sampling.save_npz(self.part(batch), [images], self.labels_of(batch))
 
     def finish(self) -> None:
         """Join the parts, one at a time, and remove them."""
-        if self._stored(self.npz, self.labels) is None:
-            sampling.save_npz(self.npz, map(self._part_again, range(self.num_batches)), self.labels)
-        shutil.rmtree(self.part(0).parent)
+        if not self.npz.exists():
+            parts = self._good_parts()
+            if self._batches(parts):
+                raise RunStopped(f"parts in {self.parts} have gone or are damaged; the same command draws them again")
+            sampling.save_npz(self.npz, (self._stored(self.part(part), part) for part in parts), self.labels)
+        shutil.rmtree(self.parts)
 
-    def _part_again(self, batch: int) -> np.ndarray:
-        images = self._stored(self.part(batch), self.labels_of(batch))
-        if images is None:
-            raise RunStopped(f"{self.part(batch)} has gone or is damaged; the same command draws it again")
-        return images
+    def release(self) -> None:
+        """Let another command draw into the folder."""
+        if self.claim is not None:
+            distributed.release(self.claim)
 
 
 def png_name(index: int) -> str:
     return f"{index:06d}.png"
 
 
-def open_together(images: ImageSet, processes: distributed.Processes) -> list[int]:
+def open_together(images: ImageSet, processes: distributed.Processes) -> list[range]:
     """The batches that are not finished; rank 0 looks, so that all agree.
 
     Raises:
         UsageError: as `ImageSet.open`; or a process does not see what rank 0 wrote.
     """
-    todo = processes.on_main(images.open)
+    todo, images.found = processes.on_main(images.open)
     if not all(processes.gather(images.settings.is_file())):
         raise UsageError(f"{images.folder} is not the same for all processes; --sample-dir must be on a shared disk")
     return todo
@@ -240,7 +276,7 @@ def draw(
     loaded: sampling.Loaded,
     settings: sampling.Settings,
     images: ImageSet,
-    todo: list[int],
+    todo: list[range],
     processes: distributed.Processes,
 ) -> tuple[int, float]:
     """Draw the batches `todo`, dealt in turn to the processes; one is written while the next is drawn.
@@ -251,35 +287,45 @@ def draw(
     mine = todo[processes.rank :: processes.world_size]
     rounds = -(-len(todo) // processes.world_size)
     count = len(images.labels)
-    there = count - sum(len(images.indices(batch)) for batch in todo)
+    there = count - sum(map(len, todo))
     bar = distributed.progress_bar(processes, total=count, initial=there, unit="image")
     total, start = 0, time.perf_counter()
     with ThreadPoolExecutor(max_workers=1) as writer:
         writing = writer.submit(lambda: None)
         for turn in range(rounds):
             count = drawn = 0
+            broken = None
             if turn < len(mine):
                 batch = mine[turn]
                 pixels = images.read(batch)
-                if new := pixels is None:
-                    pixels = draw_batch(loaded, settings, images, batch)
-                writing.result()
-                writing = writer.submit(images.write, batch, pixels, new)
-                count, drawn = len(pixels), len(pixels) if new else 0
+                new = pixels is None
+                try:
+                    pixels = draw_batch(loaded, settings, batch, images.labels_of(batch)) if new else pixels
+                except sampling.BrokenNetwork as reason:
+                    broken = reason
+                else:
+                    writing.result()
+                    writing = writer.submit(images.write, batch, pixels, new)
+                    count, drawn = len(pixels), len(pixels) if new else 0
             # Once a round, so that no process waits for another longer than a batch takes.
-            count, drawn = processes.sum(torch.tensor([count, drawn], device=processes.device)).tolist()
+            sums = torch.tensor([count, drawn, float(broken is not None)], device=processes.device)
+            count, drawn, stop = map(int, processes.sum(sums).tolist())
             bar.update(count)
             total += drawn
+            if stop:
+                writing.result()  # what is good is kept
+                reason = next(each for each in processes.gather(broken) if each is not None)
+                reason.everywhere = True
+                raise reason
         writing.result()
     processes.barrier()
     bar.close()
     return total, time.perf_counter() - start
 
 
-def draw_batch(loaded: sampling.Loaded, settings: sampling.Settings, images: ImageSet, batch: int) -> np.ndarray:
+def draw_batch(loaded: sampling.Loaded, settings: sampling.Settings, batch: range, labels: np.ndarray) -> np.ndarray:
     """(n, H, W, 3) uint8."""
-    indices, labels = images.indices(batch), images.labels_of(batch).tolist()
-    return sampling.draw(loaded.network, loaded.objective, loaded.space, labels, settings, indices)
+    return sampling.draw(loaded.network, loaded.objective, loaded.space, labels.tolist(), settings, batch)
 
 
 def report(images: ImageSet, settings: sampling.Settings, precision: str, drawn: int, seconds: float) -> None:

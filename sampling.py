@@ -23,7 +23,7 @@ from torch import Tensor
 
 import checkpoint
 from classes import Classes
-from cli import Parser, UsageError, natural_int, number_in, positive_int
+from cli import Need, Parser, RunStopped, UsageError, check_needs, natural_int, number_in, positive_int
 from data import SpaceInfo, load_space, space_info
 from diffusion import classifier_free_guidance
 from files import replacing
@@ -145,6 +145,9 @@ def set_precision(name: str) -> torch.dtype:
 # ----------------------------------------------------------------------------------------------------------- generation
 
 
+GUIDANCE = Need(("cfg_channels", "cfg_interval"), lambda args: args.cfg_scale != 1, "guidance: --cfg-scale above 1")
+
+
 @dataclass(frozen=True)
 class Settings:
     """How images are drawn; what the name of a result folder should tell."""
@@ -157,12 +160,16 @@ class Settings:
     seed: int = 0
 
     @classmethod
-    def from_args(cls, args, objective) -> "Settings":
-        channels = objective.guided_channels
+    def from_args(cls, args, objective, in_channels: int) -> "Settings":
+        """Raises UsageError for guidance that there is not."""
+        check_needs(args, (GUIDANCE,))
+        channels = objective.guided_channels(in_channels)
         if args.cfg_channels is not None:
-            if args.cfg_channels != "all" and not (args.cfg_channels.isdecimal() and int(args.cfg_channels) > 0):
-                raise UsageError(f"--cfg-channels expects a number or all, got {args.cfg_channels!r}")
-            channels = None if args.cfg_channels == "all" else int(args.cfg_channels)
+            number = int(args.cfg_channels) if args.cfg_channels.isdecimal() else 0
+            if args.cfg_channels != "all" and not 1 <= number <= in_channels:
+                expected = f"a number from 1 to {in_channels}, or all"
+                raise UsageError(f"--cfg-channels expects {expected}, got {args.cfg_channels!r}")
+            channels = None if args.cfg_channels == "all" else number
         low, high = args.cfg_interval
         if not 0 <= low <= high <= 1:
             raise UsageError(f"--cfg-interval expects 0 <= LOW <= HIGH <= 1, got {low} {high}")
@@ -195,6 +202,34 @@ class ImageNoise:
         return torch.from_numpy(np.stack(draws)).to(self.device)
 
 
+class BrokenNetwork(RunStopped):
+    """A network whose output is not finite, which would be saved as black images."""
+
+
+class Watched:
+    """A `denoise` that remembers, without waiting for the device, which of its answers were finite."""
+
+    def __init__(self, denoise: Callable[[Tensor, float], Tensor]):
+        self.denoise, self.finite = denoise, []
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        output = self.denoise(x, t)
+        self.finite.append(output.isfinite().all())
+        return output
+
+    def check(self, images: Tensor) -> None:
+        """Raises BrokenNetwork if an answer, or the images in the end, were not."""
+        finite = torch.stack([*self.finite, images.isfinite().all()]).tolist()
+        if all(finite):
+            return
+        first, count = finite.index(False), len(self.finite)
+        where = f"evaluation {first + 1} of {count} of the network" if first < count else "the autoencoder"
+        raise BrokenNetwork(
+            f"NaN or infinity, from {where} on: no image is made of that. If the weights are whole, "
+            f"another --precision may help (bf16 or fp32 in place of fp16)"
+        )
+
+
 @torch.no_grad()  # not inference mode, which sharded parameters cannot be gathered in
 def generate(
     model: DiT,
@@ -220,6 +255,7 @@ def generate(
 
     Raises:
         UsageError: a label that the model does not know, guidance without a null class.
+        BrokenNetwork: it answers with NaN or infinity.
     """
     config, device = model.config, next(model.parameters()).device
     indices = range(len(labels)) if indices is None else indices
@@ -237,8 +273,10 @@ def generate(
             interval=settings.cfg_interval,
             time_scale=objective.time_scale,
         )
+        denoise = Watched(denoise)
         latents = objective.sample(denoise, noise(), settings.steps, settings.sampler, randn=noise, progress=progress)
         images = space.decode(latents.float())
+        denoise.check(images)
         yield (images * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -500,7 +538,7 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
     if weights.record is None:
         _say_what_is_assumed(args, weights, objective)
 
-    settings = Settings.from_args(args, objective)
+    settings = Settings.from_args(args, objective, weights.config.in_channels)
     check_settings(weights.config, objective, settings)
 
     with torch.device("meta"):

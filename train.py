@@ -160,9 +160,11 @@ class DDPEngine:
     @contextlib.contextmanager
     def averaged(self):
         self.module.eval()
-        with self.ema.swapped_into(self.module), self._autocast():
-            yield self.module
-        self.module.train()
+        try:
+            with self.ema.swapped_into(self.module), self._autocast():
+                yield self.module
+        finally:
+            self.module.train()
 
     def extra_metrics(self) -> dict[str, float]:
         return {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}

@@ -420,9 +420,11 @@ class ZeroEngine:
     def averaged(self):
         self.module.eval()
         self._swap()
-        yield self.module
-        self._swap()
-        self.module.train()
+        try:
+            yield self.module
+        finally:
+            self._swap()
+            self.module.train()
 
     @torch.no_grad()
     def _swap(self) -> None:

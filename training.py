@@ -262,10 +262,12 @@ def _loop(run: Run, engine: Engine, progress: Progress) -> None:
         with clock.pausing():
             if step % args.ckpt_every == 0 or last:  # first of all: what follows may take long, or fail
                 saver.save(progress)
-            if args.sample_every and (step % args.sample_every == 0 or step == run.total_steps):
-                draw_grid(run, engine, step)
-            if args.metrics_every and (step % args.metrics_every == 0 or step == run.total_steps):
-                report_metrics(run, engine, step)
+            for every, draw in ((args.sample_every, draw_grid), (args.metrics_every, report_metrics)):
+                if every and (step % every == 0 or step == run.total_steps):
+                    try:
+                        draw(run, engine, step)
+                    except sampling.BrokenNetwork as reason:
+                        log.info(f"WARNING: no images at step {step}: {reason}")
             if last:
                 saver.finish()
         if exit_code is not None:
@@ -407,7 +409,8 @@ def sampling_settings(run: Run) -> sampling.Settings:
     """How images are drawn while training."""
     scale = run.args.sample_cfg_scale if run.config.null_class is not None else 1.0
     objective = run.objective
-    return sampling.Settings(50, objective.samplers[0], scale, objective.guided_channels, seed=run.args.global_seed)
+    channels = objective.guided_channels(run.config.in_channels)
+    return sampling.Settings(50, objective.samplers[0], scale, channels, seed=run.args.global_seed)
 
 
 class Saver:

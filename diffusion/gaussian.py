@@ -47,7 +47,6 @@ class GaussianDiffusion:
     name = "ddpm"
     samplers = SAMPLERS[name]
     default_steps = 250
-    guided_channels = 3  # of the 4 latent channels, as in the published numbers
 
     def __init__(
         self,
@@ -73,6 +72,10 @@ class GaussianDiffusion:
 
     def config(self) -> dict:
         return dict(self._config)
+
+    def guided_channels(self, channels: int) -> int | None:
+        """How many are guided: 3 of Stable Diffusion's 4, as in the published numbers, else all (None)."""
+        return 3 if channels == 4 else None
 
     # Training
 

@@ -36,7 +36,6 @@ class RectifiedFlow:
     name = "rf"
     samplers = SAMPLERS[name]
     default_steps = 50
-    guided_channels = None  # all
 
     def __init__(self, t_distribution: str = "lognormal", shift: float = 1.0, time_scale: float = 1.0):
         if t_distribution not in ("lognormal", "uniform"):
@@ -48,6 +47,10 @@ class RectifiedFlow:
     def config(self) -> dict:
         settings = {"t_distribution": self.t_distribution, "shift": self.shift, "time_scale": self.time_scale}
         return {"name": self.name, **settings}
+
+    def guided_channels(self, channels: int) -> int | None:
+        """How many are guided: all (None)."""
+        return None
 
     def noised(self, x0: Tensor, noise: Tensor, u: Tensor) -> NoisedBatch:
         """The batch at the times whose cumulative probability is u (N,) in [0,1)."""

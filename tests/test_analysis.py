@@ -99,7 +99,7 @@ def test_everything_recorded_equals_a_slow_loop(tmp_path, flags, model, objectiv
     )
     data = record(ckpt, tmp_path / "data.npz", *flags)
     args = expert_data.get_parser().parse_args(argv(ckpt, tmp_path / "x", *flags))
-    settings = sampling.Settings.from_args(args, objective)
+    settings = sampling.Settings.from_args(args, objective, config.in_channels)
 
     shape = data["step_counts"].shape
     halves, layers, steps, experts = shape

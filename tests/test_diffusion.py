@@ -111,7 +111,7 @@ def test_golden_samples(G, toy):
     torch.testing.assert_close(ours[finite], theirs[finite], rtol=1e-3, atol=1e-5)
     flow = RectifiedFlow()
     close(flow.sample(denoise, G["z"], 7), G["rf.sample"])
-    guided = classifier_free_guidance(toy, G["y"], 10, 2.0, flow.guided_channels)
+    guided = classifier_free_guidance(toy, G["y"], 10, 2.0, flow.guided_channels(4))
     close(flow.sample(guided, G["z"], 10), G["rf.sample_cfg"])
 
 
@@ -122,7 +122,7 @@ def test_golden_flow_loss(G, toy):
 
 
 def test_spaced_timesteps_add_the_stride_up():
-    """As the published samplers do: rounded from a running sum, which for 278 counts is another step than k * stride."""
+    """As the published samplers do: a running sum is rounded, which for 278 counts differs from k * stride."""
     multiples = 0
     for count in range(2, 1001):
         expected, place, stride = [], 0.0, 999 / (count - 1)

@@ -51,7 +51,7 @@ def shake(run: Path) -> None:
     folder = checkpoint.newest_good(run)
     generator = torch.Generator().manual_seed(0)
     tensors = load_file(folder / "ema.safetensors")
-    tensors |= {n: torch.randn(t.shape, generator=generator) * 0.2 for n, t in tensors.items() if n != "pos_embed"}
+    tensors |= {n: torch.randn(t.shape, generator=generator) * 0.1 for n, t in tensors.items() if n != "pos_embed"}
     records = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("config", "state")}
     stems = ("model", "ema", "optimizer")
     kept = {stem: load_file(folder / f"{stem}.safetensors") for stem in stems} | {"model": tensors, "ema": tensors}

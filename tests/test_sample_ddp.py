@@ -1,5 +1,6 @@
 """Many images over all processes: the same set whoever draws it, resumed without redoing, in a file that streams."""
 
+import fcntl
 import json
 import os
 import re
@@ -148,14 +149,14 @@ def test_published_command(tmp_path):
     published += ["--global-seed", "3", "--no-tf32", "--ckpt", str(ddpm), "--sample-dir", str(tmp_path / "a")]
     sample_ddp.main(sample_ddp.get_parser().parse_args(published))
     (folder,) = (tmp_path / "a").iterdir()
-    assert folder.name == "ddpm-8px-ddpm6-cfg1.4-channels3-seed3-random-fp32-5"
+    assert folder.name == "ddpm-8px-ddpm6-cfg1.4-seed3-random-fp32-5"
     assert len(load(folder)[0]) == 5
     published = [flag.replace("-", "_").replace("__", "--", 1) if flag[:2] == "--" else flag for flag in published]
     published[published.index("--no_tf32")] = "--tf32"
     args = sample_ddp.get_parser().parse_args([*published, "--rf", "False", "--cfg-interval", "0.1", "0.9"])
     sample_ddp.main(args)
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert "ddpm-8px-ddpm6-cfg1.4-channels3-interval0.1-0.9-seed3-random-tf32-5" in names
+    assert "ddpm-8px-ddpm6-cfg1.4-interval0.1-0.9-seed3-random-tf32-5" in names
 
 
 def test_precision_flags():
@@ -200,7 +201,7 @@ def test_two_processes_draw_the_same_bits(ckpt, tmp_path):
 def test_two_processes_say_an_error_once(ckpt, tmp_path):
     place = tmp_path / "a"
     draw(ckpt, place, "--num-fid-samples", 4, "--per-proc-batch-size", 2)
-    wrong = argv(ckpt, place, "--num-fid-samples", 4, "--per-proc-batch-size", 3)
+    wrong = argv(ckpt, place, "--num-fid-samples", 4, "--cfg-channels", 9)
     result = script("sample_ddp.py", *wrong, processes=2, check=None)
     assert result.returncode != 0 and result.stderr.count("sample_ddp.py: error:") == 1
 
@@ -212,9 +213,13 @@ def parts(place: Path) -> list[Path]:
     return [path for path in place.glob("*/parts/*.npz") if not path.name.startswith(".")]
 
 
+def finished_batches(place: Path, batch_size: int) -> set[int]:
+    return {int(part.stem.partition("-")[0]) // batch_size for part in parts(place)}
+
+
 def finished_files(place: Path, batch_size: int) -> dict[Path, int]:
     """The PNG files of finished batches, with the times when they were written."""
-    numbers = [int(part.stem) for part in parts(place)]
+    numbers = finished_batches(place, batch_size)
     folder = next(place.iterdir())
     paths = [folder / f"{b * batch_size + i:06d}.png" for b in numbers for i in range(batch_size)]
     return {path: path.stat().st_mtime_ns for path in paths}
@@ -233,7 +238,7 @@ def test_killed_and_resumed(ckpt, tmp_path, drawn, capsys):
     faults.wait_until(lambda: len(parts(tmp_path / "cut")) >= 3)
     child.kill()
     assert child.wait() == -signal.SIGKILL, (tmp_path / "output.txt").read_text()
-    finished = {int(part.stem) for part in parts(tmp_path / "cut")}
+    finished = finished_batches(tmp_path / "cut", 2)
     before = finished_files(tmp_path / "cut", 2)
     drawn.clear(), capsys.readouterr()
 
@@ -258,6 +263,16 @@ def is_alive(pid: str) -> bool:
         return False
 
 
+def held(place: Path) -> bool:
+    """A killed process lets its locks go when the last of its threads has ended."""
+    with open(next(place.glob("*/.lock")), "r+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed_by_one(ckpt, tmp_path, drawn):
     flags = ["--num-fid-samples", 61, "--per-proc-batch-size", 2, "--num-sampling-steps", 40]
@@ -270,8 +285,8 @@ def test_two_processes_killed_and_resumed_by_one(ckpt, tmp_path, drawn):
         for pid in (job.pid, *map(int, workers)):
             os.kill(pid, signal.SIGKILL)
         job.wait()
-    faults.wait_until(lambda: not any(is_alive(pid) for pid in workers))
-    finished = {int(part.stem) for part in parts(tmp_path / "cut")}
+    faults.wait_until(lambda: not any(is_alive(pid) for pid in workers) and not held(tmp_path / "cut"))
+    finished = finished_batches(tmp_path / "cut", 2)
     before = finished_files(tmp_path / "cut", 2)
     cut = draw(ckpt, tmp_path / "cut", *flags)
     assert 4 <= len(finished) < 31 and drawn == [i for i in range(61) if i // 2 not in finished]
@@ -284,7 +299,7 @@ def interrupt(ckpt: Path, place: Path, after: int, *more) -> Path:
     write = sample_ddp.ImageSet.write
 
     def failing(self, batch, images, new):
-        if batch == after:
+        if batch.start == after * self.batch_size:
             raise OSError(28, "No space left on device")
         write(self, batch, images, new)
 
@@ -404,8 +419,6 @@ def test_other_settings_do_not_mix(ckpt, tmp_path, capsys, monkeypatch):
         refused(capsys, monkeypatch, argv(ckpt, tmp_path / "a", *flags, *more), message)
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept
 
-    refuse("drawn with per-proc-batch-size 2, now it is 4: remove it, or use another --sample-dir",
-           "--per-proc-batch-size", 4)  # fmt: skip
     model = random_model()
     torch.nn.init.normal_(model.blocks[0].attn.proj.bias, std=0.1)
     before = ckpt.read_bytes()
@@ -418,16 +431,76 @@ def test_other_settings_do_not_mix(ckpt, tmp_path, capsys, monkeypatch):
     assert (record["labels"], record["seed"], record["cfg_scale"]) == ("random", 0, 1.5)
     settings.write_text("[1")
     kept[settings] = b"[1"
-    refuse("settings.json is damaged")
+    refuse("settings.json is not JSON .*; remove")
     settings.unlink()
     del kept[settings]
     refuse("holds 000000.png but no settings.json")
 
 
-def test_another_batch_size_is_welcome_while_nothing_is_drawn(ckpt, tmp_path):
-    interrupt(ckpt, tmp_path / "a", 0, "--num-fid-samples", 5, "--per-proc-batch-size", 3)
-    folder = draw(ckpt, tmp_path / "a", "--num-fid-samples", 5, "--per-proc-batch-size", 2)
-    assert json.loads((folder / "settings.json").read_text())["per-proc-batch-size"] == 2 and len(load(folder)[0]) == 5
+def test_a_set_goes_on_with_another_batch_size(ckpt, tmp_path, drawn):
+    """What is finished stays as it is; the rest is drawn in the new size, which changes rounding alone."""
+    whole, _ = load(draw(ckpt, tmp_path / "whole", "--num-fid-samples", 11, "--per-proc-batch-size", 3))
+    folder = interrupt(ckpt, tmp_path / "a", 2, "--num-fid-samples", 11, "--per-proc-batch-size", 3)
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps(settings | {"per-proc-batch-size": 3}))  # as it once was
+    assert sorted(path.name for path in (folder / "parts").iterdir()) == ["000000-000003.npz", "000003-000006.npz"]
+    (folder / "parts" / "000000-000003.npz").unlink()
+    (folder / "parts" / "000002-000005.npz").write_bytes((folder / "parts" / "000003-000006.npz").read_bytes())
+    (folder / "000004.png").unlink()
+    kept = (folder / "000003.png").stat().st_mtime_ns
+    drawn.clear()
+    sizes = []
+    with pytest.MonkeyPatch.context() as patch:
+        once = sample_ddp.draw_batch
+        patch.setattr(sample_ddp, "draw_batch", lambda *a: (sizes.append(len(a[2])), once(*a))[1])
+        draw(ckpt, tmp_path / "a", "--num-fid-samples", 11, "--per-proc-batch-size", 2)
+    images, _ = load(folder)
+    assert sorted(drawn) == [0, 1, 2, 6, 7, 8, 9, 10] and sizes == [2, 1, 2, 2, 1]
+    assert np.array_equal(images[3:6], whole[3:6]) and np.abs(images.astype(int) - whole).max() <= 1
+    assert (folder / "000003.png").stat().st_mtime_ns == kept and len(pngs(folder)) == 11
+    assert np.array_equal(np.asarray(Image.open(folder / "000004.png")), whole[4])
+
+
+def test_two_commands_do_not_share_a_folder(ckpt, tmp_path):
+    folder = interrupt(ckpt, tmp_path / "a", 1, "--num-fid-samples", 5, "--per-proc-batch-size", 2)
+    code = f"import distributed, pathlib, time; held = distributed.claim(pathlib.Path({str(folder)!r}), ''); "
+    other = subprocess.Popen(
+        [sys.executable, "-c", code + "print('held', flush=True); time.sleep(600)"], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UsageError, match="another command draws into .*: wait for its end"):
+            draw(ckpt, tmp_path / "a", "--num-fid-samples", 5, "--per-proc-batch-size", 2)
+    finally:
+        other.kill()
+        other.wait()
+    assert len(load(draw(ckpt, tmp_path / "a", "--num-fid-samples", 5, "--per-proc-batch-size", 2))[0]) == 5
+
+
+def test_a_network_that_breaks_keeps_what_was_good(ckpt, tmp_path, drawn, monkeypatch):
+    """NaN from the third batch on, at the second evaluation."""
+    once = sampling.classifier_free_guidance
+
+    def breaking(model, y, *more, **options):
+        denoise, calls = once(model, y, *more, **options), []
+
+        def broken(x, t):
+            calls.append(t)
+            return denoise(x, t) * (float("nan") if len(drawn) > 4 and len(calls) == 2 else 1)
+
+        return broken
+
+    flags = ["--num-fid-samples", 9, "--per-proc-batch-size", 2]
+    whole = draw(ckpt, tmp_path / "whole", *flags)
+    drawn.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "classifier_free_guidance", breaking)
+        with pytest.raises(RunStopped, match="from evaluation 2 of 4 of the network on: .*another --precision may"):
+            draw(ckpt, tmp_path / "cut", *flags)
+    assert len(parts(tmp_path / "cut")) == 2 and len(pngs(next((tmp_path / "cut").iterdir()))) == 4
+    drawn.clear()
+    assert_same_set(draw(ckpt, tmp_path / "cut", *flags), whole)
+    assert drawn == [4, 5, 6, 7, 8]
 
 
 def test_out_of_memory_says_what_to_do(ckpt, tmp_path, monkeypatch):

@@ -11,10 +11,11 @@ from PIL import Image
 
 import models
 import sample
+import sample_ddp
 import sampling
 import train
-from cli import UsageError
-from data import PixelSpace
+from cli import RunStopped, UsageError
+from data import PixelSpace, draw_randomness
 from diffusion import GaussianDiffusion, RectifiedFlow
 from models import build_model
 
@@ -92,7 +93,12 @@ def test_sample_script_from_a_run(images, tmp_path, capsys):
     assert drawn.shape == (8, 8, 8, 3)
     with np.load(folder / "samples.npz") as file:
         assert file["labels"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert {p.name for p in folder.iterdir()} == {"samples.npz", "grid.png", *(f"{i:06d}.png" for i in range(8))}
+    assert {p.name for p in folder.iterdir()} == {
+        "samples.npz",
+        "grid.png",
+        "settings.json",
+        *(f"{i:06d}.png" for i in range(8)),
+    }
     assert np.array_equal(np.asarray(Image.open(folder / "000005.png")), drawn[5])
     grid = np.asarray(Image.open(folder / "grid.png"))
     assert grid.shape == (4 * 50 + 2, 2 * 50 + 2, 3) and np.array_equal(grid[2:50:6, 52:100:6], drawn[1])
@@ -104,7 +110,7 @@ def test_sample_script_from_a_run(images, tmp_path, capsys):
     told, _ = draw("--ckpt", run, *flags, "--output", tmp_path / "c", "--images-per-class", 2, "--batch-size", 3)
     assert np.array_equal(told, drawn)
     chosen, folder = draw("--ckpt", run, "--class-labels", 3, 1, "--grid", 0, "--output", tmp_path / "d", "--png=False")
-    assert len(chosen) == 2 and {p.name for p in folder.iterdir()} == {"samples.npz"}
+    assert len(chosen) == 2 and {p.name for p in folder.iterdir()} == {"samples.npz", "settings.json"}
 
 
 def test_the_default_folder_tells_the_settings(images, tmp_path, monkeypatch):
@@ -160,7 +166,10 @@ def test_half_precision_weights_draw_nearly_the_same(tmp_path):
         (["--sampler", "ddpm"], "belongs to the objective 'ddpm'"),
         (["--class-labels", "4"], r"class label 4 .*0\.\.3"),
         (["--cfg-interval", "0.5", "0.2"], "0 <= LOW <= HIGH <= 1, got 0.5 0.2"),
-        (["--cfg-channels", "few"], "--cfg-channels expects a number or all, got 'few'"),
+        (["--cfg-channels", "few"], "--cfg-channels expects a number from 1 to 3, or all, got 'few'"),
+        (["--cfg-channels", "4"], "--cfg-channels expects a number from 1 to 3, or all, got '4'"),
+        (["--cfg-scale", "1", "--cfg-channels", "3"], "--cfg-channels does nothing without guidance"),
+        (["--cfg-scale", "1", "--cfg-interval", "0", "1"], "--cfg-interval does nothing without guidance"),
         (["--num-sampling-steps", "zero"], "zero"),
     ],
 )
@@ -224,3 +233,74 @@ def test_training_from_fast_dit_features(tmp_path):
     train.main(args)
     record = read_json(tmp_path / "results/000-DiT-Nano-2-ddpm/checkpoints/0000002", "config")
     assert record["model"]["input_size"] == 32 and record["model"]["in_channels"] == 4
+
+
+def test_a_broken_network_draws_nothing(tmp_path):
+    model = random_model()
+    torch.nn.init.constant_(model.blocks[2].attn.proj.bias, float("nan"))
+    path = publish(tmp_path / "broken.pt", model, rf=True)
+    with pytest.raises(RunStopped, match="NaN or infinity, from evaluation 1 of 50 of the network on"):
+        draw("--ckpt", path, "--vae-path", "none", "--output", tmp_path / "a")
+    assert not list((tmp_path / "a").iterdir())
+
+
+def test_infinity_of_the_autoencoder_is_noticed():
+    class Space:
+        def decode(self, latents):
+            return latents * float("inf")
+
+    settings = sampling.Settings(2, "euler", 1.0)
+    with pytest.raises(RunStopped, match="from the autoencoder on"):
+        next(sampling.generate(random_model(), RectifiedFlow(), Space(), [0], settings))
+
+
+@pytest.mark.parametrize("channels", [3, 4, 16])
+def test_guidance_acts_on_the_channels_that_are_colours(channels):
+    assert GaussianDiffusion().guided_channels(channels) == (3 if channels == 4 else None)
+    assert RectifiedFlow().guided_channels(channels) is None
+
+
+def test_a_folder_of_another_tool_is_left_alone(tmp_path):
+    path = publish(tmp_path / "flow.pt", random_model(), rf=True)
+    flags = ["--ckpt", path, "--vae-path", "none", "--num-sampling-steps", 2]
+    argv = [*flags, "--sample-dir", tmp_path / "set", "--num-samples", 4, "--device", "cpu"]
+    sample_ddp.main(sample_ddp.get_parser().parse_args(argv))
+    (folder,) = (tmp_path / "set").iterdir()
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    for break_mark, message in (
+        (lambda: None, "holds images of sample_ddp.py: use another --output"),
+        (lambda: (folder / "settings.json").write_text("["), "settings.json is not JSON.*use another --output"),
+        (lambda: (folder / "settings.json").unlink(), "holds samples.npz, which this script did not make"),
+    ):
+        break_mark()
+        with pytest.raises(UsageError, match=message):
+            draw(*flags, "--output", folder)
+        after = {file: file.read_bytes() for file in folder.iterdir() if file.name != "settings.json"}
+        assert after == {file: content for file, content in before.items() if file.name != "settings.json"}
+
+    mine = tmp_path / "mine"
+    draw(*flags, "--output", mine, "--images-per-class", 2)
+    (mine / "notes.txt").write_text("keep")
+    draw(*flags, "--output", mine, "--class-labels", 1, "--grid", 0)
+    assert {file.name for file in mine.iterdir()} == {"notes.txt", "samples.npz", "settings.json", "000000.png"}
+
+
+def test_images_are_rounded_to_the_nearest_grey():
+    class Space:
+        def decode(self, latents):
+            return torch.full((len(latents), 3, 8, 8), (100.6 - 127.5) / 127.5)
+
+    settings = sampling.Settings(2, "euler", 1.0)
+    assert (next(sampling.generate(random_model(), RectifiedFlow(), Space(), [0], settings)) == 101).all()
+
+
+def test_noise_of_an_image_is_no_noise_of_training():
+    """Images of a seed must not be those whose noise the network has seen in training with that seed."""
+    shape = (3, 8, 8)
+    drawn = sampling.ImageNoise(0, range(20), shape, torch.device("cpu"))()
+    for epoch in range(3):
+        for index in range(20):
+            _, entries = draw_randomness(0, epoch, index, shape, posterior=True)
+            for name in ("noise", "vae_noise"):
+                closest = (drawn - entries[name]).abs().flatten(1).mean(dim=1).min()
+                assert closest > 0.5

@@ -378,7 +378,7 @@ def test_going_back_sets_later_checkpoints_aside(images):
 
 def test_a_run_folder_belongs_to_one_process(images):
     run = run_train(images, steps=1)
-    code = f"import distributed, time; claim = distributed.claim(__import__('pathlib').Path({str(run)!r})); "
+    code = f"import distributed, time; claim = distributed.claim(__import__('pathlib').Path({str(run)!r}), ''); "
     code += "print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
