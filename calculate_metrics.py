@@ -18,7 +18,7 @@ import checkpoint
 import distributed
 import evaluation
 import sampling
-from cli import Parser, RunStopped, UsageError, positive_int, run
+from cli import Parser, RunStopped, UsageError, positive_int, run, values
 from evaluation import DrawnImages, Evaluator, Images, Statistics, measure, measure_reference, open_images
 from extractors import EXTRACTORS, Extractor, load_extractor
 from files import replace_json
@@ -145,6 +145,8 @@ def open_samples(args, device: torch.device) -> Images:
         checkpoint.is_checkpoint(path) or (path / "checkpoints").is_dir() or checkpoint.sharded_files(path)
     )
     if not is_folder_of_weights and (path.is_dir() or path.suffix == ".npz"):
+        if useless := [flag for name, flag in args.given.items() if name in drawing_flags()]:
+            raise UsageError(f"{useless[0]} does nothing for images that are there already: drop it")
         return open_images(path, args.image_size)
     args.ckpt = path
     precision = sampling.choose_precision(args.precision, device)
@@ -154,6 +156,14 @@ def open_samples(args, device: torch.device) -> Images:
     return DrawnImages(
         loaded.network, loaded.objective, loaded.space, labels, loaded.settings, loaded.image_size, record
     )
+
+
+def drawing_flags() -> set[str]:
+    """The flags that only drawing listens to."""
+    parser = Parser()
+    sampling.add_sampling_arguments(parser, ckpt=False)
+    sampling.add_set_arguments(parser)
+    return set(values(parser.parse_args([]))) - {"device", "image_size"}
 
 
 def compare(evaluator: Evaluator, samples: Statistics) -> dict:

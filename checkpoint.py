@@ -38,7 +38,7 @@ from classes import Classes
 from cli import UsageError
 from files import UNFINISHED, digest, digest_of, flush_to_disk, write_json
 from models import DiT, DiT_models, DiTConfig, from_published, infer_config
-from records import BadRecord, check_record, parse_record, read_record
+from records import BadRecord, OtherVersion, check_record, parse_record, read_record
 
 FORMAT = 1
 DESCRIPTION = "description"  # the metadata of an exported safetensors file that says what shapes cannot tell
@@ -216,13 +216,14 @@ def verify(folder: Path, files: tuple[str, ...] | None = None) -> None:
         UsageError: a newer version wrote it.
     """
     try:
-        content = read_record(folder / "manifest.json", Manifest)
+        content = read_record(folder / "manifest.json", Manifest, version=FORMAT)
+    except OtherVersion:
+        raise
     except BadRecord as error:
         raise DamagedCheckpoint(f"{folder} has no good manifest.json ({error})") from None
     manifest = content["files"]
     if content.pop("sha256") != digest_of(content):
         raise DamagedCheckpoint(f"{folder} has no good manifest.json (it does not match its own SHA-256)")
-    check_format(content, folder)
     for name in files or manifest:
         if name not in manifest or not (folder / name).is_file():
             raise DamagedCheckpoint(f"{folder} lacks {name}")
@@ -252,17 +253,9 @@ def newest_good(run: Path) -> Path | None:
     return None
 
 
-def check_format(record: dict, source: object) -> None:
-    """Raises UsageError for what another version wrote."""
-    if record["format"] != FORMAT:
-        raise UsageError(f"{source} has format {record['format']}, this version reads {FORMAT}: use the one it is of")
-
-
 def read_config(folder: Path) -> Description:
     """What config.json says. Raises UsageError."""
-    config = read_record(folder / "config.json", Description)
-    check_format(config, folder / "config.json")
-    return config
+    return read_record(folder / "config.json", Description, version=FORMAT)
 
 
 def read_state(folder: Path) -> State:
@@ -410,9 +403,7 @@ def description_path(path: Path) -> Path:
 def _carried_description(path: Path, text: str | None) -> Description | None:
     if text is None:
         return None
-    content = parse_record(text, Description, f"the {DESCRIPTION} in {path}", "export the weights again")
-    check_format(content, path)
-    return content
+    return parse_record(text, Description, f"the {DESCRIPTION} in {path}", "export the weights again", FORMAT)
 
 
 def _description_beside(path: Path) -> Description | None:
@@ -422,9 +413,7 @@ def _description_beside(path: Path) -> Description | None:
         content = json.loads(beside.read_text(encoding="utf-8"))
     if not (isinstance(content, dict) and {"format", "model", "objective"} <= content.keys()):
         return None
-    check_record(content, Description, beside, "export the weights again")
-    check_format(content, beside)
-    return content
+    return check_record(content, Description, beside, "export the weights again", FORMAT)
 
 
 def sharded_files(folder: Path) -> list[Path]:

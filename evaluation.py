@@ -8,18 +8,20 @@ of processes, and features of the images for what moments cannot tell. Statistic
 """
 
 import contextlib
+import functools
 import json
 import math
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Any, NotRequired, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
 import distributed
 import metrics
@@ -28,6 +30,7 @@ from cli import UsageError
 from data import IMAGE_ERRORS, FileSamples, brief, center_crop, images_by_class, load_image
 from extractors import Extractor, full_precision, load_extractor
 from files import digest, replacing
+from records import BadRecord, check_arrays, parse_record
 
 VERSION = 1  # of the evaluator: another one may give other numbers for the same images
 FORMAT = 1  # of a file of statistics
@@ -228,30 +231,55 @@ class Statistics:
         Raises:
             UsageError: it is damaged, or something else.
         """
+        advice = "make it anew with calculate_metrics.py ref"
         try:
             with zipfile.ZipFile(path), np.load(path) as file:
-                found = {"features": ""} | ({"spatial": "_s"} if "mu_s" in file.files else {})
                 if "mu" not in file.files:
                     return None
-                moments = {
-                    kind: (torch.from_numpy(file[f"mu{suffix}"]), torch.from_numpy(file[f"sigma{suffix}"]))
-                    for kind, suffix in found.items()
-                }
-                if "record" not in file.files:
-                    return cls({"source": str(path)}, {"name": "inception"}, None, None, moments)
-                record = json.loads(str(file["record"]))
-                if record["format"] != FORMAT:
-                    raise UsageError(f"{path} has format {record['format']}, this version reads {FORMAT}: make it anew")
-                labels = file["labels"] if "labels" in file.files else None
-                features = torch.from_numpy(file["features"]) if "features" in file.files else None
+                arrays = {name: file[name] for name in STORED if name in file.files}
+                text = str(file["record"]) if "record" in file.files else None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            if isinstance(error, UsageError):
-                raise
             raise UsageError(f"{path} is not a whole .npz file of statistics ({brief(error)})") from None
-        return cls(record["images"], record["extractor"], record["size"], record["count"], moments, features, labels)
+        needed = {"mu", "sigma"} | ({"mu_s", "sigma_s"} if "mu_s" in arrays else set())
+        check_arrays(
+            arrays, {name: axes for name, axes in STORED.items() if name in needed | set(arrays)}, path, advice
+        )
+        for name in arrays.keys() - {"labels"}:
+            if arrays[name].dtype.kind != "f":
+                raise BadRecord(f"{path}: {name} holds {arrays[name].dtype}, expected floating point; {advice}")
+            metrics.check_finite(f"{name} in {path}", torch.from_numpy(arrays[name]))
+        found = {"features": ""} | ({"spatial": "_s"} if "mu_s" in arrays else {})
+        moments = {
+            kind: (torch.from_numpy(arrays[f"mu{suffix}"]), torch.from_numpy(arrays[f"sigma{suffix}"]))
+            for kind, suffix in found.items()
+        }
+        if text is None:
+            return cls({"source": str(path)}, {"name": "inception"}, None, None, moments)
+        record = parse_record(text, StatisticsRecord, path, advice, FORMAT)
+        features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
+        kept = {name: record[name] for name in ("images", "extractor", "size", "count")}
+        return cls(**kept, moments=moments, features=features, labels=arrays.get("labels"))
 
 
 SUFFIXES = {"features": "", "spatial": "_s"}  # of `mu` and `sigma` in a file
+STORED = {  # arrays of a file: an axis of one letter has one length
+    **{"mu": "F", "sigma": "FF", "mu_s": "G", "sigma_s": "GG", "features": "nF", "labels": "n"},
+}
+
+
+class ExtractorRecord(TypedDict):
+    name: str
+    weights: NotRequired[str]
+
+
+class StatisticsRecord(TypedDict):
+    """What a file of ours says of its arrays."""
+
+    format: int
+    images: dict[str, Any]
+    extractor: ExtractorRecord
+    size: Annotated[int, Field(ge=1)] | None
+    count: Annotated[int, Field(ge=2)] | None
 
 
 def measure(
@@ -288,7 +316,8 @@ def measure(
             start = min(batch, batches - 1) * batch_size
             indices = range(start, min(start + batch_size, images.count))
             pixels = processes.together(lambda indices=indices: images.read(indices))
-            output = processes.together(lambda pixels=pixels: extractor(pixels))
+            features_of = functools.partial(_features, extractor, pixels, images, indices)
+            output = processes.together(features_of)
             for kind, values in output.items():
                 moments.setdefault(kind, metrics.Moments()).update(values if batch < batches else values[:0])
             if batch < batches:
@@ -307,6 +336,13 @@ def measure(
         features=torch.cat([features for _, features in parts]) if processes.is_main else None,
         labels=images.labels[kept] if images.labels is not None else None,
     )
+
+
+def _features(extractor: Extractor, pixels: np.ndarray, images: Images, indices: range) -> dict[str, Tensor]:
+    output = extractor(pixels)
+    what = f"features of images {indices[0]} to {indices[-1]} of {images.describe()['source']}"
+    metrics.check_finite(what, *output.values())
+    return output
 
 
 def measure_reference(
@@ -441,7 +477,8 @@ class Evaluator:
             if training is not None and training.labels is not None:
                 values["accuracy_of_real"] = self._recognised(training)
             labels, known = torch.from_numpy(samples.labels), torch.from_numpy(reference.labels)
-            values["diversity"] = metrics.diversity(features.cpu(), labels, reference.features, known)
+            diversity = metrics.diversity(features.cpu(), labels, reference.features, known)
+            values |= {} if math.isnan(diversity) else {"diversity": diversity}
         if training is not None:
             seen = self._on_device(training)
             values["nearest"] = metrics.nearest_distances(features, seen).mean().item()
@@ -451,7 +488,7 @@ class Evaluator:
             values["nearest_of_reference"], values["memorisation"] = new, values["nearest"] / new
         return values
 
-    @cached_property
+    @functools.cached_property
     def judge(self) -> metrics.Judge | None:
         """Trained on the reference, once; None where that has no labels or a single class."""
         labels = self.reference.labels

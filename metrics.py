@@ -16,6 +16,7 @@ from torch import Tensor
 from cli import UsageError
 
 BLOCK = 8192  # rows and columns of distances at once: 268 MB in fp32
+NEGATIVE = 1e-4  # what an eigenvalue may be below zero, over the largest: statistics are kept in single precision too
 SHIFTS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))  # pixels down and right; the judge learns each image in all of them
 
 
@@ -72,16 +73,59 @@ def frechet_distance(mean1, covariance1, mean2, covariance2) -> float:
     mean1, covariance1, mean2, covariance2 = (
         torch.as_tensor(part).double() for part in (mean1, covariance1, mean2, covariance2)
     )
-    roots = torch.linalg.svdvals(_factor(covariance1).T @ _factor(covariance2))
-    distance = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * roots.sum()
-    return max(0.0, distance.item())  # what is below is rounding
+    check_finite("the Frechet distance", mean1, covariance1, mean2, covariance2)
+    roots = _singular_values(_factor(covariance1).T @ _factor(covariance2))
+    spread = covariance1.trace() + covariance2.trace()
+    distance = ((mean1 - mean2).square().sum() + spread - 2 * roots.sum()).item()
+    assert distance >= -1e-6 * spread, f"a distance of {distance}"
+    return max(0.0, distance)  # what is below is rounding
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """A (F, rank) with A A^T = S, for a symmetric positive semidefinite S (F, F)."""
-    values, vectors = torch.linalg.eigh(covariance)
-    real = values > values.amax() * len(values) * torch.finfo(values.dtype).eps
-    return vectors[:, real] * values[real].sqrt()
+    """A (F, rank) with A A^T = S, for a symmetric positive semidefinite S (F, F).
+
+    Scaled to a largest entry of 1 and without what is zero: eigensolvers give up on tiny entries and many zero rows.
+    """
+    symmetric = (covariance + covariance.T) / 2
+    used = symmetric.any(dim=1)
+    if not used.any():
+        return symmetric[:, :0]
+    part = symmetric[used][:, used]
+    scale = part.abs().amax()
+    values, vectors = _eigh(part / scale)
+    largest = values.amax()
+    if values.amin() < -NEGATIVE * largest.abs():
+        raise UsageError(
+            f"the Frechet distance needs covariances, whose eigenvalues are not negative; got one of "
+            f"{(values.amin() * scale).item():.3g}, the largest {(largest * scale).item():.3g}: broken statistics"
+        )
+    real = values > largest * len(values) * torch.finfo(values.dtype).eps
+    factor = symmetric.new_zeros(len(symmetric), int(real.sum()))
+    factor[used] = vectors[:, real] * (values[real] * scale).sqrt()
+    return factor
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch.linalg.eigh`, or NumPy's where that gives up: it brings another library of solvers."""
+    try:
+        return torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(matrix.cpu().numpy())
+        return torch.from_numpy(values).to(matrix), torch.from_numpy(vectors).to(matrix)
+
+
+def _singular_values(matrix: Tensor) -> Tensor:
+    try:
+        return torch.linalg.svdvals(matrix)
+    except torch.linalg.LinAlgError:
+        return torch.from_numpy(np.linalg.svdvals(matrix.cpu().numpy())).to(matrix)
+
+
+def check_finite(what: str, *tensors: Tensor) -> None:
+    """Raises UsageError for NaN or infinity, of which no metric can be made."""
+    for tensor in tensors:
+        if bad := int((~tensor.isfinite()).sum()):
+            raise UsageError(f"{what}: {bad} of {tensor.numel()} values are not finite (NaN or infinity)")
 
 
 # ----------------------------------------------------------------------------------------------------- Inception Score
@@ -93,10 +137,12 @@ def inception_score(logits: Tensor, split_size: int = 5000) -> float:
     Args:
         logits: (N, C), without the bias of the last layer, as ADM's evaluator has them.
     """
+    check_finite("the Inception Score", logits)
     scores = []
     for part in logits.double().split(split_size):
         log_p = part.log_softmax(dim=1)
         p = log_p.exp()
+        # A probability that is 0 everywhere adds 0 times an infinite logarithm, which is to count as 0.
         scores.append((p * (log_p - p.mean(dim=0).log())).nan_to_num().sum(dim=1).mean().exp())
     return torch.stack(scores).mean().item()
 
@@ -118,6 +164,7 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, block: int 
     """
     if min(len(reference), len(samples)) <= k:
         raise UsageError(f"precision and recall need more than {k} images, got {len(reference)} and {len(samples)}")
+    check_finite("precision and recall", reference, samples)
     samples, reference = _centred(samples, reference)
     radii_reference, radii_samples = _radii(reference, k, block), _radii(samples, k, block)
     on_reference = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
@@ -130,6 +177,7 @@ def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, block: int 
 
 def nearest_distances(queries: Tensor, targets: Tensor, block: int = BLOCK) -> Tensor:
     """(N,) the Euclidean distance of each of (N, F) to the nearest of (M, F); float64, in which a copy is one."""
+    check_finite("distances to the nearest", queries, targets)
     queries, targets = _centred(queries.double(), targets.double())
     nearest = queries.new_full((len(queries),), torch.inf)
     for rows, _, distances in _distances(queries, targets, block):
@@ -140,13 +188,14 @@ def nearest_distances(queries: Tensor, targets: Tensor, block: int = BLOCK) -> T
 def diversity(features: Tensor, labels: Tensor, reference: Tensor, reference_labels: Tensor) -> float:
     """Mean distance between two samples of a class over that between two reference images of it; the mean over classes.
 
-    Classes of which either set has fewer than two images do not count: nan if none is left.
+    Classes of which either set has fewer than two different images do not count: nan if none is left.
     """
+    check_finite("diversity", features, reference)
     ratios = []
     for label in labels.unique().tolist():
         inside, real = features[labels == label], reference[reference_labels == label]
-        if min(len(inside), len(real)) > 1:
-            ratios.append(torch.pdist(inside).mean() / torch.pdist(real).mean())
+        if min(len(inside), len(real)) > 1 and (spread := torch.pdist(real).mean()) > 0:
+            ratios.append(torch.pdist(inside).mean() / spread)
     return torch.stack(ratios).mean().item() if ratios else float("nan")
 
 

@@ -6,6 +6,7 @@ version may write more.
 """
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,17 @@ class BadRecord(UsageError):
     """JSON that is unreadable, or not what its type says; names the file, the field, its value, what was expected."""
 
 
-def read_record(path: Path, kind: type, what_to_do: str = "") -> Any:
+class OtherVersion(BadRecord):
+    """JSON whose `format` is another than this version reads."""
+
+
+def read_record(path: Path, kind: type, what_to_do: str = "", version: int | None = None) -> Any:
     """The content of a JSON file, which is as `kind` says.
 
     Args:
         kind: a type, such as a TypedDict with ranges (see above).
         what_to_do: ends the message of an error.
+        version: what its `format` has to be, which is looked at first: other versions have other fields.
 
     Raises:
         BadRecord: it cannot be read, is no JSON, is nested too deeply, or differs from `kind`.
@@ -33,10 +39,10 @@ def read_record(path: Path, kind: type, what_to_do: str = "") -> Any:
         raise BadRecord(f"{path} cannot be read: {error.strerror or error}{_advice(what_to_do)}") from None
     except ValueError as error:  # not UTF-8
         raise BadRecord(f"{path} is not JSON ({error}){_advice(what_to_do)}") from None
-    return parse_record(text, kind, path, what_to_do)
+    return parse_record(text, kind, path, what_to_do, version)
 
 
-def parse_record(text: str, kind: type, source: object, what_to_do: str = "") -> Any:
+def parse_record(text: str, kind: type, source: object, what_to_do: str = "", version: int | None = None) -> Any:
     """`read_record` of a text that `source` holds."""
     try:
         content = json.loads(text)
@@ -44,10 +50,10 @@ def parse_record(text: str, kind: type, source: object, what_to_do: str = "") ->
         raise BadRecord(f"{source} is nested too deeply to be read{_advice(what_to_do)}") from None
     except ValueError as error:
         raise BadRecord(f"{source} is not JSON ({error}){_advice(what_to_do)}") from None
-    return check_record(content, kind, source, what_to_do)
+    return check_record(content, kind, source, what_to_do, version)
 
 
-def check_record(content: Any, kind: type, source: object, what_to_do: str = "") -> Any:
+def check_record(content: Any, kind: type, source: object, what_to_do: str = "", version: int | None = None) -> Any:
     """`content`, as it is, if it is as `kind` says; numbers and strings are never taken for one another.
 
     Raises:
@@ -55,11 +61,42 @@ def check_record(content: Any, kind: type, source: object, what_to_do: str = "")
     """
     from pydantic import ValidationError  # takes a moment to import
 
+    if version is not None and isinstance(content, dict) and content.get("format", version) != version:
+        raise OtherVersion(f"{source} has format {content['format']!r}, this version reads {version}")
     try:
         _adapter(kind).validate_python(content, strict=True)
     except ValidationError as failure:
         raise BadRecord(f"{source}: {_in_words(failure)}{_advice(what_to_do)}") from None
     return content
+
+
+def check_arrays(
+    arrays: Mapping[str, Any], axes: Mapping[str, str], source: object, what_to_do: str = "", **sizes: int
+) -> dict[str, int]:
+    """Compare the shapes of arrays with one another and with what is known.
+
+    Args:
+        axes: a letter for each axis of each array; one letter is one size, wherever it stands.
+        sizes: those that are known, by letter.
+
+    Returns:
+        All sizes by letter.
+
+    Raises:
+        BadRecord: names the array, its shape and what was expected.
+    """
+    for name, letters in axes.items():
+        if name not in arrays:
+            raise BadRecord(f"{source}: there is no {name}{_advice(what_to_do)}")
+        shape = tuple(arrays[name].shape)
+        expected = tuple(sizes.get(letter, letter) for letter in letters)
+        fits = len(shape) == len(letters)
+        for letter, size in zip(letters, shape, strict=False):
+            fits = fits and sizes.setdefault(letter, size) == size
+        if not fits:
+            expected = str(expected).replace("'", "")
+            raise BadRecord(f"{source}: {name} is {shape}, expected {expected}{_advice(what_to_do)}")
+    return sizes
 
 
 def _advice(what_to_do: str) -> str:

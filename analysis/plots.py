@@ -35,7 +35,7 @@ def draw(by: str, data: RoutingData, half: str = "conditional", of: str = "load"
         figure = MAPS[by](data, half, of)
         what = {"load": "Expert load", "probability": "Router probability"}[of]
         shown = "both halves" if by == "layer" else f"{half} half"
-        figure.suptitle(f"{what} by {by}  ·  {data.about['model']}  ·  {shown}", fontsize=11)
+        figure.suptitle(f"{what} by {by}  ·  {plain(data.about['model'])}  ·  {shown}", fontsize=11)
         return figure
 
 
@@ -226,7 +226,7 @@ def class_ticks(axis, data: RoutingData) -> None:
     """Every class by its name if they are few, else some by their labels."""
     classes = data.about["classes"]
     if len(classes) <= 20:
-        axis.set_ticks(range(len(classes)), [shortened(name) for name in data.about["class_names"]])
+        axis.set_ticks(range(len(classes)), [plain(shortened(name)) for name in data.about["class_names"]])
     else:
         places = [round(place) for place in MaxNLocator(10, integer=True).tick_values(0, len(classes) - 1)]
         places = [place for place in places if 0 <= place < len(classes)]
@@ -237,6 +237,11 @@ def layer_ticks(axis, layers: list[int]) -> None:
     """At most a dozen of the layers, by their number in the network."""
     places = range(0, len(layers), math.ceil(len(layers) / 10))
     axis.set_ticks(list(places), [str(layers[place]) for place in places])
+
+
+def plain(text: str) -> str:
+    """Text as it stands: to matplotlib, what is between two dollar signs is a formula."""
+    return text.replace("$", r"\$")
 
 
 def shortened(name: str, length: int = 16) -> str:

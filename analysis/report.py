@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +50,9 @@ def make_page(data: RoutingData, examples: int = 4, steps: int = 50, dpi: int = 
     """The template with the data in it."""
     title = f"Experts of {data.about['checkpoint']}"
     record = json.dumps(contents(data, examples, steps, dpi), allow_nan=False)
-    page = TEMPLATE.read_text(encoding="utf-8")
-    for place, text in {"TITLE": html.escape(title), "DATA": record.replace("<", r"\u003c")}.items():
-        page = page.replace(f"{{{{{place}}}}}", text)
-    return page
+    parts = {"TITLE": html.escape(title), "DATA": record.replace("<", r"\u003c")}
+    # In one pass: a name may look like a place.
+    return re.sub(r"\{\{(TITLE|DATA)\}\}", lambda place: parts[place[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
 def contents(data: RoutingData, examples: int, steps: int, dpi: int) -> dict:

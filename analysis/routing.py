@@ -14,20 +14,49 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from cli import UsageError
 from files import replacing
 from models import DiTConfig
 from moe import Routing
+from records import BadRecord, check_arrays, parse_record
 
 STEP_BINS = 16  # of the evaluations, for what is also kept by class or by patch
 PROBABILITY_UNIT = 2**-20  # probabilities are summed as whole multiples of it
 HALVES = ("conditional", "unconditional")
 DEAD = 0.01  # an expert with less than this share of an even load counts as dead
+AXES = {  # of what a file holds: see `Tally`
+    **{"step_counts": "HLSE", "step_probs": "HLSE", "class_counts": "HLBCE", "class_probs": "HLBCE"},
+    **{"patch_counts": "HLBPE", "patch_probs": "HLBPE", "floor_counts": "HLCE", "entropy": "HLS", "overlap": "LS"},
+    **{"examples": "XHLSPR", "example_images": "Xhwc"},
+}
+
+Natural = Annotated[int, Field(ge=0)]
+
+
+class About(TypedDict):
+    """What a file says of its arrays."""
+
+    checkpoint: str
+    model: str
+    settings: str
+    precision: str
+    num_experts: Annotated[int, Field(ge=1)]
+    top_k: Annotated[int, Field(ge=1)]
+    images: Natural
+    times: list[float]
+    layers: list[Natural]
+    classes: list[Natural]
+    class_names: list[str]
+    examples: list[Natural]
+    example_labels: list[Natural]
 
 
 # ---------------------------------------------------------------------------------------------------------------- tally
@@ -306,14 +335,23 @@ class RoutingData:
     @classmethod
     def load(cls, path: Path) -> "RoutingData":
         """Raises UsageError: it is missing, damaged or something else."""
+        advice = "make one with python -m analysis.expert_data"
         try:
             with np.load(path) as file:
                 arrays = {name: file[name] for name in file.files}
-            return cls(json.loads(str(arrays.pop("about"))), arrays)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UsageError(
-                f"{path} is not a whole file of routing data ({error}); make one with python -m analysis.expert_data"
-            ) from None
+            text = str(arrays.pop("about"))
+        except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+            raise UsageError(f"{path} is not a whole file of routing data ({error}); {advice}") from None
+        about = parse_record(text, About, path, advice)
+        sizes = {"L": "layers", "S": "times", "C": "classes", "X": "examples"}
+        sizes = {letter: len(about[name]) for letter, name in sizes.items()} | {"E": about["num_experts"]}
+        patches = check_arrays(arrays, AXES, path, advice, **sizes)["P"]
+        lists = {"class_names": "classes", "example_labels": "examples"}
+        if wrong := [name for name, other in lists.items() if len(about[name]) != len(about[other])]:
+            raise BadRecord(f"{path}: {wrong[0]} and {lists[wrong[0]]} are not of one length; {advice}")
+        if not set(about["example_labels"]) <= set(about["classes"]) or math.isqrt(patches) ** 2 != patches:
+            raise BadRecord(f"{path}: its examples are of other classes, or {patches} patches no square; {advice}")
+        return cls(about, arrays)
 
 
 def nan_mean(values: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Which time steps of a trained diffusion a sampler visits (iDDPM, arXiv 2102.09672, section 4)."""
 
+import itertools
+
 from cli import UsageError
 
 
@@ -24,7 +26,9 @@ def spaced_timesteps(num_timesteps: int, spec: int | str) -> list[int]:
             raise UsageError(f"cannot take {count} steps out of {size} time steps (asked for {spec!r})")
         stride = (size - 1) / (count - 1) if count > 1 else 0.0
         first = start if count > 1 else start + size - 1
-        steps += [first + round(k * stride) for k in range(count)]
+        # Added up and rounded as the published samplers do: for many counts that is another step than k * stride.
+        places = itertools.accumulate(itertools.repeat(stride, count - 1), initial=0.0)
+        steps += [first + round(place) for place in places]
         start += size
     return steps
 

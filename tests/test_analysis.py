@@ -454,6 +454,57 @@ def test_the_page_is_complete_in_itself(tmp_path):
     assert contents["numbers"]["conditional"]["overlap"] == [None] * 3
 
 
+def test_names_cannot_break_out_of_the_page():
+    """Names are the user's: they are neither script, nor a place of the template, nor a formula."""
+    data = synthetic()
+    names = ["</script><script>alert(1)</script>", "{{DATA}}", "$x_{$", r"$\frac{$ and $"]
+    data.about.update(checkpoint="{{DATA}} <b>", class_names=names, model="a $ and a $")
+    page = report.make_page(data, dpi=30)
+    assert "{{DATA}} &lt;b&gt;" in page and page.count("</script>") == report.TEMPLATE.read_text().count("</script>")
+    contents = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert names[0] in contents["examples"][0]["title"] and names[1] in contents["examples"][1]["title"]
+    figure = plots.draw("class", data)
+    plots.pixels(figure)  # drawing is what a formula that does not parse would break
+    ticks = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert ticks == [plots.plain(plots.shortened(name)) for name in names]
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_entropy_is_that_of_the_half_asked_for(half):
+    data = synthetic(layers=2)
+    data["entropy"][0], data["entropy"][1] = 0.25, 0.75
+    assert data.layer_numbers(half)["entropy"] == pytest.approx([(0.25, 0.75)[half]] * 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"about": "["}, "is not JSON"),
+        ({"about": {"times": "now"}}, "times is 'now'"),
+        ({"about": {"classes": None}}, "classes is None"),
+        ({"about": {"class_names": ["a"]}}, "class_names and classes are not of one length"),
+        ({"about": {"example_labels": [7, 7]}}, "its examples are of other classes"),
+        ({"about": {"num_experts": 5}}, r"step_counts is \(2, 3, 3, 4\), expected \(H, 3, 3, 5\)"),
+        ({"step_counts": np.zeros((2, 3))}, r"step_counts is \(2, 3\)"),
+        ({"examples": None}, "there is no examples"),
+        ({"example_images": np.zeros((1, 8, 8, 3), np.uint8)}, "example_images is"),
+    ],
+)
+def test_files_that_disagree_with_themselves_are_refused(tmp_path, change, message):
+    path = tmp_path / "data.npz"
+    synthetic().save(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    about = change.pop("about", {})
+    if isinstance(about, dict):
+        about = json.dumps(json.loads(str(arrays["about"])) | about)
+    arrays = {name: value for name, value in (arrays | change).items() if value is not None}
+    np.savez(path, **(arrays | {"about": np.array(about)}))
+    for script in (report, heatmaps):
+        with pytest.raises(UsageError, match=message):
+            run(script, path)
+
+
 CHROMIUM = shutil.which("chromium"), shutil.which("chromedriver")
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 QUIET += ["--disable-background-networking", "--disable-component-update", "--window-size=1280,1000"]

@@ -121,6 +121,19 @@ def test_golden_flow_loss(G, toy):
     close(flow.loss(toy(batch.x_t, batch.t, G["y"]), batch)["loss"], G["rf.loss"])
 
 
+def test_spaced_timesteps_add_the_stride_up():
+    """As the published samplers do: rounded from a running sum, which for 278 counts is another step than k * stride."""
+    multiples = 0
+    for count in range(2, 1001):
+        expected, place, stride = [], 0.0, 999 / (count - 1)
+        for _ in range(count):
+            expected.append(round(place))
+            place += stride
+        assert spaced_timesteps(1000, count) == expected
+        multiples += expected != [round(k * stride) for k in range(count)]
+    assert multiples == 278
+
+
 def test_golden_spaced_timesteps(golden):
     for spec, steps in golden[1].items():
         assert spaced_timesteps(1000, spec) == steps

@@ -20,6 +20,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 import calculate_metrics
 import evaluation
 import extractors
+import metrics as scores
 import sample_ddp
 from cli import UsageError
 from distributed import Processes
@@ -105,6 +106,87 @@ def test_frechet_distance_of_singular_covariances():
     one, other = (root @ root.T for root in roots)
     assert frechet_distance(a.mean(0), one, b.mean(0), other) == pytest.approx(expected.item(), rel=1e-9)
     assert frechet_distance(a.mean(0), one, a.mean(0), one) == pytest.approx(0, abs=1e-8 * one.trace().item())
+
+
+def sparse_covariance(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance (180, 180) of features that lie in 20 places of 180, the largest variance about 1e-2."""
+    features = np.zeros((len(images), 180))
+    features[:, ::9] = images * np.geomspace(1e-4, 0.1, 20)
+    return features.mean(0), np.cov(features, rowvar=False)
+
+
+@pytest.mark.parametrize("solver", ["torch", "numpy"])
+def test_frechet_distance_of_tiny_covariances_full_of_zeros(monkeypatch, solver):
+    """What features of few images look like; with duplicates of images and constant features too. Against the
+    definition by roots of the data, and the same where PyTorch's solvers give up."""
+    if solver == "numpy":
+
+        def gives_up(_):
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+        for name in ("eigh", "svdvals"):
+            monkeypatch.setattr(torch.linalg, name, gives_up)
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((6, 20)), rng.standard_normal((9, 20))
+    b[3:6] = b[:3]
+    (mean1, one), (mean2, other) = sparse_covariance(a), sparse_covariance(b)
+    scale = np.geomspace(1e-4, 0.1, 20)
+    roots = [(x - x.mean(0)) * scale / (len(x) - 1) ** 0.5 for x in (a, b)]
+    expected = ((mean1 - mean2) ** 2).sum() + sum((root**2).sum() for root in roots)
+    expected -= 2 * scipy.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    assert frechet_distance(mean1, one, mean2, other) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(mean1, one, mean1, one) == pytest.approx(0, abs=1e-9 * one.trace())
+    nothing = np.zeros_like(one)  # all images alike
+    assert frechet_distance(mean1, one, mean1, nothing) == pytest.approx(one.trace(), rel=1e-12)
+    assert frechet_distance(mean1, nothing, mean1, nothing) == 0
+    lopsided = one + np.triu(np.full_like(one, 1e-18), 1)  # rounding may leave it not quite symmetric
+    assert frechet_distance(mean1, lopsided, mean2, other) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_no_metric_is_made_of_nan(bad):
+    features, labels = normal(8, 4), torch.arange(8) % 2
+    broken = features.clone()
+    broken[3, 1] = bad
+    mean, covariance = features.mean(0), torch.eye(4)
+    for arguments in ((mean * bad, covariance, mean, covariance), (mean, covariance, mean, covariance * bad)):
+        with pytest.raises(UsageError, match="Frechet distance: .* not finite"):
+            frechet_distance(*arguments)
+    for function, arguments in (
+        (inception_score, (broken,)),
+        (precision_recall, (features, broken)),
+        (precision_recall, (broken, features)),
+        (nearest_distances, (features, broken)),
+        (diversity, (broken, labels, features, labels)),
+    ):
+        with pytest.raises(UsageError, match="1 of 32 values are not finite"):
+            function(*arguments)
+
+
+def test_what_is_no_covariance_is_refused():
+    zero, one = torch.zeros(3), torch.eye(3)
+    for wrong in (-one, torch.tensor([[1.0, 0, 5], [0, 1, 0], [5, 0, 1]])):
+        with pytest.raises(UsageError, match="needs covariances, whose eigenvalues are not negative; got one of -"):
+            frechet_distance(zero, one, zero, wrong)
+
+
+def test_a_distance_is_never_turned_positive():
+    """What rounding leaves below zero becomes zero, not its absolute value."""
+    rng = np.random.default_rng(1)
+    for rows in range(3, 9):
+        features = rng.standard_normal((rows, 30)) * 1e3
+        covariance = np.cov(features, rowvar=False)
+        assert 0 <= frechet_distance(features.mean(0), covariance, features.mean(0), covariance) < 1e-6
+    found = scores._singular_values
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scores, "_singular_values", lambda matrix: found(matrix) * (1 + 1e-9))
+        assert frechet_distance(features.mean(0), covariance, features.mean(0), covariance) == 0
+
+
+def test_diversity_leaves_out_classes_without_any():
+    labels = torch.tensor([0, 0, 1, 1])
+    features, real = torch.tensor([[0.0], [3], [5], [6]]), torch.tensor([[0.0], [1], [7], [7]])
+    assert diversity(features, labels, real, labels) == pytest.approx(3)  # class 1 has one image, twice
 
 
 # ------------------------------------------------------------------------------------------- scores, manifolds, judging
@@ -654,6 +736,40 @@ def test_wrong_flags_of_metrics_while_training(images, reference, tmp_path, caps
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mu": np.full(192, np.nan)}, "mu in .*: 192 of 192 values are not finite"),
+        ({"sigma": np.full((192, 192), np.inf)}, "sigma in .* not finite"),
+        ({"sigma": -np.eye(192)}, "eigenvalues are not negative"),
+        ({"sigma": np.eye(3)}, r"sigma is \(3, 3\), expected \(192, 192\)"),
+        ({"mu": np.zeros(192, dtype=np.int64)}, "mu holds int64, expected floating point"),
+        ({"labels": np.zeros(3, dtype=np.int64)}, r"labels is \(3,\), expected \(10,\)"),
+        ({"record": np.array("[]")}, "ref.npz: the whole is"),
+        ({"record": np.array("{")}, "is not JSON"),
+        ({"record": {"size": "8"}}, "size is '8'"),
+        ({"record": {"format": 99}}, "has format 99, this version reads 1"),
+    ],
+)
+def test_broken_statistics_are_refused(tmp_path, change, message):
+    good = save_npz(tmp_path / "good.npz", random_images(10), labels=np.arange(10) % 2)
+    run("ref", good, "--output", tmp_path / "ref.npz", "--features", "pixels", "--device", "cpu")
+    with np.load(tmp_path / "ref.npz") as file:
+        arrays = dict(file)
+    if isinstance(change.get("record"), dict):
+        change = {"record": np.array(json.dumps(json.loads(str(arrays["record"])) | change["record"]))}
+    np.savez(tmp_path / "ref.npz", **(arrays | change))
+    with pytest.raises(UsageError, match=message):
+        run("eval", good, "--ref", tmp_path / "ref.npz", "--features", "pixels", "--device", "cpu")
+
+
+def test_flags_of_drawing_are_refused_for_images_that_are_there(tmp_path):
+    good = save_npz(tmp_path / "good.npz", random_images(10))
+    for flag, value in {"--cfg-scale": 4, "--num-samples": 5, "--use-ema": False, "--sampler": "x"}.items():
+        with pytest.raises(UsageError, match=f"{flag} does nothing for images that are there"):
+            run("eval", good, "--ref", good, "--features", "pixels", flag, value)
+
+
 def test_inception_from_folder_to_numbers(inception_weights, tmp_path):
     """With random weights: a set compared with itself, by way of a folder, an `.npz` and statistics."""
     images = random_images(6, 32)
