@@ -4,10 +4,14 @@ Standard library only, so that importing it costs nothing.
 """
 
 import argparse
+import atexit
 import contextlib
+import io
 import math
 import os
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -146,18 +150,76 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def run(main, parser: argparse.ArgumentParser) -> None:
-    """Parse the command line and call `main(args)`; a UsageError or RunStopped becomes one line and an exit code."""
-    args = parser.parse_args()
+    """Parse the command line and call `main(args)`; how that ends becomes an exit code and at most one line.
+
+    2 is a UsageError, 1 a RunStopped, 130 Ctrl-C, and 141, without a word, that what reads the output has gone
+    (`| head`). A defect of ours keeps its traceback.
+
+    A process of a process group ends here and at once: a thread of the group that still let go of something while
+    Python takes itself down would abort it (`terminate called without an active exception`).
+    """
     try:
-        main(args)
-    except UsageError as error:
+        code = _exit_code(main, parser)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        code = 1
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        send_nowhere(sys.stdout)
+        code = code or 141
+    if "RANK" in os.environ:  # set by launchers, or `distributed.start`
+        end_at_once(code or 0)
+    if code:
+        raise SystemExit(code)
+
+
+def _exit_code(main, parser: argparse.ArgumentParser) -> int:
+    try:
+        main(parser.parse_args())
+    except (UsageError, RunStopped, OSError) as error:
+        if _is_of_a_closed_pipe(error):
+            send_nowhere(sys.stdout)
+            return 141
+        if isinstance(error, OSError):
+            raise
+        code, what = (2, "error") if isinstance(error, UsageError) else (1, "stopped")
         if not (error.everywhere and _rank()):
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except RunStopped as error:
-        if not (error.everywhere and _rank()):
-            print(f"{parser.prog}: stopped: {error}{f' [process {_rank()}]' if _rank() else ''}", file=sys.stderr)
-        raise SystemExit(1) from None
+            process = f" [process {_rank()}]" if code == 1 and _rank() else ""
+            print(f"{parser.prog}: {what}: {error}{process}", file=sys.stderr)
+        return code
+    except KeyboardInterrupt:
+        if not _rank():  # a terminal tells all processes
+            print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _is_of_a_closed_pipe(error: BaseException | None) -> bool:
+    """Whether it began with a write that nobody reads any more, whatever it was turned into on its way."""
+    while error is not None and not isinstance(error, BrokenPipeError):
+        error = error.__context__
+    return error is not None
+
+
+def send_nowhere(stream) -> None:
+    """What reads this output has gone: what is written to it from now on, or is still to be flushed, is dropped."""
+    with open(os.devnull, "wb") as nowhere, contextlib.suppress(io.UnsupportedOperation):
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def end_at_once(code: int) -> None:
+    """End as Python ends processes that it forked: threads joined, exit functions run, the interpreter kept."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def _rank() -> int:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cli import RunStopped, UsageError
+from cli import RunStopped, UsageError, send_nowhere
 from files import replacing
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -200,7 +200,7 @@ def progress_bar(processes: Processes, **options):
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one; waits for no other process. `cli.run` ends what is left of it."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -313,7 +313,11 @@ class Logger:
             return
         from tqdm import tqdm
 
-        tqdm.write(line)
+        try:
+            tqdm.write(line)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            send_nowhere(sys.stdout)
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         self._text.flush()
 

@@ -64,22 +64,8 @@ def main(args) -> None:
         config = processes.together(lambda: complete_config(file, run))
         with distributed.noticing_lost_processes():
             training.train(run, ZeroEngine(run, config))
-        if processes.device.type == "cpu" and processes.world_size > 1:
-            leave_together(processes)
     finally:
         distributed.stop()
-
-
-def leave_together(processes: distributed.Processes) -> None:
-    """End this process at once, when all have come here and everything is written.
-
-    On gloo a process that takes its groups down after the other end has gone has been seen to abort (about one run in
-    thirty, with all results complete).
-    """
-    processes.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 # -------------------------------------------------------------------------------------------------------------- config
@@ -318,8 +304,8 @@ class ZeroEngine:
             raise UsageError(f"--precision {precision}: DeepSpeed does not support it on this device; use fp32")
 
     def _join(self) -> None:
-        """DeepSpeed needs a process group, even of one process, and the local rank in the environment."""
-        os.environ.setdefault("LOCAL_RANK", str(self.processes.local_rank))
+        """DeepSpeed needs a process group, even of one process, and the ranks in the environment."""
+        os.environ |= {"RANK": str(self.processes.rank), "LOCAL_RANK": str(self.processes.local_rank)}
         if not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -189,20 +189,22 @@ def train(run: Run, engine: Engine) -> None:
         progress.load(checkpoint.read_state(run.resume_from))
     run.open(progress.step)
     introduce(run, progress.step)
+    saver = Saver(run, engine)
     try:
-        _loop(run, engine, progress)
+        _loop(run, engine, progress, saver)
     except RunStopped as reason:
         run.log.info(f"stopped: {reason}")
+        saver.thread.shutdown()  # all processes stop here: what they were writing becomes whole
         raise
     finally:
         run.close()
 
 
-def _loop(run: Run, engine: Engine, progress: Progress) -> None:
+def _loop(run: Run, engine: Engine, progress: Progress, saver: "Saver") -> None:
     args, processes, log = run.args, run.processes, run.log
     loader = make_loader(run.data, run.schedule, progress.step, args.num_workers, processes.device.type == "cuda")
     batches = iter(loader)
-    unreadable, saver = UnreadableImages(progress.unreadable), Saver(run, engine)
+    unreadable = UnreadableImages(progress.unreadable)
     signals, clock, bar, start = StopSignals(), Clock(), progress_bar(run, progress.step), progress.step
     profiler = StepProfiler(args.profile if processes.is_main else 0, run.folder / "profile")
     while progress.step < run.total_steps:
