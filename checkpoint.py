@@ -38,7 +38,7 @@ from classes import Classes
 from cli import UsageError
 from files import UNFINISHED, digest, digest_of, flush_to_disk, write_json
 from models import DiT, DiT_models, DiTConfig, from_published, infer_config
-from records import BadRecord, OtherVersion, check_record, parse_record, read_record
+from records import BadRecord, Name, OtherVersion, check_record, parse_record, read_record
 
 FORMAT = 1
 DESCRIPTION = "description"  # the metadata of an exported safetensors file that says what shapes cannot tell
@@ -64,8 +64,9 @@ class Objective(TypedDict):
 
 
 class Data(TypedDict):
-    class_names: NotRequired[list[str]]
+    class_names: NotRequired[list[Name]]
     fingerprint: NotRequired[str]
+    reading: NotRequired[dict[str, Any]]  # `data.Reading`; runs of before there was a choice have none
 
 
 class Description(TypedDict):

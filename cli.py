@@ -158,6 +158,8 @@ def run(main, parser: argparse.ArgumentParser) -> None:
     A process of a process group ends here and at once: a thread of the group that still let go of something while
     Python takes itself down would abort it (`terminate called without an active exception`).
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         code = _exit_code(main, parser)
     except SystemExit as end:

@@ -7,24 +7,30 @@ order of samples is a function of (seed, epoch). So the number of workers, of pr
 nothing, and a run resumed at a step sees what the unbroken run would have seen.
 """
 
+import contextlib
 import hashlib
-import json
 import os
 import signal
 import struct
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import count
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageColor, ImageOps
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
+from typing_extensions import TypedDict
 
 from cli import RunStopped, UsageError
+from records import read_record
 
 VAE_NAMES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -33,29 +39,81 @@ MAX_REPLACEMENTS = 100  # images tried in place of an unreadable one
 
 # What Pillow raises for truncated, empty, foreign and oversized files.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+EXIF_ERRORS = (*IMAGE_ERRORS, KeyError, TypeError, AttributeError, ZeroDivisionError)
+NOT_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # to Pillow they are images too
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
 
 
-def load_image(path: str) -> Image.Image:
-    """Read an image of any mode as 8-bit RGB; transparency is ignored, of an animation the first frame counts.
+def is_data(name: str) -> bool:
+    """Whether a file or folder is the user's: neither hidden nor left by macOS's archiver (`._x.png`, `__MACOSX`)."""
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How pixels are made of a file; part of what identifies a data set."""
+
+    background: str | None = "white"  # under transparency, as `PIL.ImageColor` names it; None: hidden colours show
+    upright: bool = True  # turned as EXIF says
+
+    def __post_init__(self):
+        if self.background is not None:
+            try:
+                ImageColor.getrgb(self.background)
+            except ValueError:
+                raise UsageError(
+                    f"--background {self.background} is no colour; expected a name such as white, or #rrggbb"
+                ) from None
+
+    def config(self) -> dict:
+        return asdict(self)
+
+
+AS_BEFORE = Reading(background=None, upright=False)  # of runs that did not record how they read
+
+
+def load_image(path: str, reading: Reading = Reading()) -> Image.Image:
+    """Read an image of any mode as 8-bit RGB; of an animation the first frame counts.
 
     Raises one of IMAGE_ERRORS if that cannot be done.
     """
     with Image.open(path) as image:
         image.load()
-        if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
-            grey = np.asarray(image).astype(np.int64)
-            if grey.min() < 0 or grey.max() > 65535:
-                raise ValueError("32-bit grey values have no known white")
-            return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-        if image.mode == "F":
-            raise ValueError("floating-point grey values have no known white")
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # straight to RGB, Pillow warns
-        return image.convert("RGB")
+        if reading.upright:
+            with contextlib.suppress(*EXIF_ERRORS):  # broken EXIF tells nothing
+                image = ImageOps.exif_transpose(image)
+        return _flattened(image, reading) if reading.background and _is_transparent(image) else _as_rgb(image)
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def _flattened(image: Image.Image, reading: Reading) -> Image.Image:
+    """An image with transparency, on a background."""
+    if image.mode.startswith("I"):  # 16-bit grey, of which one value is transparent
+        opaque = Image.fromarray(np.asarray(image) != image.info["transparency"])
+        image = _as_rgb(image)
+        image.putalpha(opaque.convert("L"))
+    image = image.convert("RGBA")
+    canvas = Image.new("RGBA", image.size, (*ImageColor.getrgb(reading.background)[:3], 255))
+    return Image.alpha_composite(canvas, image).convert("RGB")
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("32-bit grey values have no known white")
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point grey values have no known white")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns
+    return image.convert("RGB")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -102,6 +160,11 @@ def draw_batch(
     return flips < 0.5, {name: torch.from_numpy(values) for name, values in entries.items()}
 
 
+def successors(index: int, count: int) -> list[int]:
+    """The samples of `count` that are tried in place of an unreadable one."""
+    return [(index + step) % count for step in range(1, 1 + min(count - 1, MAX_REPLACEMENTS))]
+
+
 class Samples(Dataset):
     """What all data sets are: labelled samples. Keys are (epoch, index), items are dicts; subclasses say what is in x.
 
@@ -114,6 +177,7 @@ class Samples(Dataset):
         self.num_classes = len(class_names)
         self.latent_shape = tuple(latent_shape)  # C, h, w
         self.seed = seed
+        self.notes: list[str] = []  # what is worth a line in the log
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -125,6 +189,10 @@ class Samples(Dataset):
     def fingerprint(self) -> str:
         """SHA-256 that tells whether a resumed run has the data it began with."""
         raise NotImplementedError
+
+    def record(self) -> dict:
+        """What checkpoints say of the data."""
+        return {"samples": len(self), "fingerprint": self.fingerprint(), "class_names": self.class_names}
 
 
 class FileSamples(Samples):
@@ -145,6 +213,16 @@ class FileSamples(Samples):
             **entries,
         }
 
+    def first_readable(self, index: int, load: Callable[[str], Any]) -> tuple[int, Any]:
+        """The first of index, index+1, ... whose file `load` can read (it raises IMAGE_ERRORS), and what it gives."""
+        reason = None
+        for candidate in (index, *successors(index, len(self))):
+            try:
+                return candidate, load(self.name_of(candidate))
+            except IMAGE_ERRORS as error:
+                reason = reason or f"{type(error).__name__}: {error}"
+        raise RuntimeError(f"cannot read {self.name_of(index)} ({reason}), nor any of the files tried in its place")
+
     def name_of(self, index: int) -> str:
         """Path of a sample's file."""
         return os.path.join(self.root, os.fsdecode(self.names[index]))
@@ -160,18 +238,40 @@ class FileSamples(Samples):
         return digest.hexdigest()
 
 
-def images_by_class(path: str) -> tuple[list[str], list[str], list[int]]:
-    """Of a folder of class folders: sorted class names, then name (below `path`) and label of each image."""
-    # A hidden folder (an editor's, a notebook's) is not a class and must not shift all labels.
-    class_names = sorted(e.name for e in os.scandir(path) if e.is_dir() and not e.name.startswith("."))
+def images_by_class(path: str) -> tuple[list[str], list[str], list[int], list[str]]:
+    """Of a folder of class folders: sorted class names; name (below `path`) and label of each image; names of files
+    that hold images too, but are not read.
+    """
+    class_names = sorted(e.name for e in os.scandir(path) if e.is_dir() and is_data(e.name))
     if not class_names:
-        return [], [], []
+        return [], [], [], []
 
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+    others = other_suffixes()
+    passed_over = []
+
+    def is_image(file: str) -> bool:
+        name = os.path.relpath(file, path)
+        if not all(map(is_data, name.split(os.sep))):
+            return False
+        if name.lower().endswith(others):
+            passed_over.append(name)
+        return name.lower().endswith(IMG_EXTENSIONS)
+
     class_ids = {name: label for label, name in enumerate(class_names)}
-    files = make_dataset(path, class_ids, extensions=IMG_EXTENSIONS, allow_empty=True)
-    return class_names, [os.path.relpath(file, path) for file, _ in files], [label for _, label in files]
+    files = make_dataset(path, class_ids, is_valid_file=is_image, allow_empty=True)
+    names = [os.path.relpath(file, path) for file, _ in files]
+    return class_names, names, [label for _, label in files], passed_over
+
+
+def other_suffixes() -> tuple[str, ...]:
+    """Of pictures that Pillow reads and training does not."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    known = Image.registered_extensions().items()
+    pictures = {suffix for suffix, kind in known if kind in Image.OPEN and kind not in NOT_PICTURES}
+    return tuple(sorted(pictures - set(IMG_EXTENSIONS)))
 
 
 class ImageData(FileSamples):
@@ -182,14 +282,22 @@ class ImageData(FileSamples):
     unreadable int64: -1, or the index if its image cannot be read. Then x and y are those of the next readable image.
     """
 
-    def __init__(self, path: str, image_size: int, space: "SpaceInfo", seed: int, flip: bool = True):
+    def __init__(
+        self,
+        path: str,
+        image_size: int,
+        space: "SpaceInfo",
+        seed: int,
+        flip: bool = True,
+        reading: Reading = Reading(),
+    ):
         require_folder(path, "data path")
         if image_size % space.downsample:
             raise UsageError(
                 f"image size {image_size} is not divisible by {space.downsample}, by which the autoencoder "
                 f"{space.path} shrinks images; nearest sizes: {_nearest_multiples(image_size, space.downsample)}"
             )
-        class_names, names, labels = images_by_class(path)
+        class_names, names, labels, passed_over = images_by_class(path)
         layout = f"expected {os.path.join(path, 'CLASS', 'IMAGE')}, one folder per class"
         if not class_names:
             raise UsageError(f"no class folders in data path {path}: {layout}")
@@ -207,7 +315,22 @@ class ImageData(FileSamples):
         super().__init__(path, names, labels, class_names, (space.channels, side, side), seed)
         self.image_size = image_size
         self.posterior = space.samples_posterior
-        self.flip = flip
+        self.flip, self.reading = flip, reading
+        if passed_over:
+            suffixes = " ".join(sorted({os.path.splitext(name)[1] for name in passed_over}))
+            self.notes.append(
+                f"{len(passed_over)} images are not read, for their suffix ({suffixes}): {passed_over[0]}"
+            )
+
+    def fingerprint(self) -> str:
+        """As of `FileSamples`, and over how pixels are made of files where that is not as before there was a choice."""
+        files = super().fingerprint()
+        if self.reading == AS_BEFORE:
+            return files
+        return hashlib.sha256(f"{files} {self.reading.config()}".encode()).hexdigest()
+
+    def record(self) -> dict:
+        return super().record() | ({} if self.reading == AS_BEFORE else {"reading": self.reading.config()})
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = key
@@ -219,19 +342,11 @@ class ImageData(FileSamples):
 
     def pixels(self, index: int) -> tuple[Tensor, int]:
         """(3,H,W) uint8 of the first readable image from `index` on, and which that is."""
-        found, image = self._first_readable(index)
+        found, image = self.first_readable(index, self._load)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), found
 
-    def _first_readable(self, index: int) -> tuple[int, Image.Image]:
-        """The first of index, index+1, ... whose image can be read, and that image."""
-        reason = None
-        for candidate in range(index, index + min(len(self), 1 + MAX_REPLACEMENTS)):
-            candidate %= len(self)
-            try:
-                return candidate, center_crop(load_image(self.name_of(candidate)), self.image_size)
-            except IMAGE_ERRORS as error:
-                reason = reason or f"{type(error).__name__}: {error}"
-        raise RuntimeError(f"cannot read {self.name_of(index)} ({reason}), nor any of the images tried in its place")
+    def _load(self, name: str) -> Image.Image:
+        return center_crop(load_image(name, self.reading), self.image_size)
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
@@ -398,6 +513,10 @@ class SpaceInfo:
             "channels": self.channels,
         }
 
+    def record(self) -> dict:
+        """For a checkpoint of a run: what its latents depend on."""
+        return self.config() | {"shift_factor": self.shift_factor}
+
     def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """What the diffusion sees: a sample of the posterior, by standard normal noise, shifted and scaled."""
         return (mean + std * noise - self.shift_factor) * self.scaling_factor
@@ -447,6 +566,18 @@ class LatentVAE(SpaceInfo):
         self.vae.to(device)
         return self
 
+    def record(self) -> dict:
+        return super().record() | {"sha256": self.sha256}
+
+    @cached_property
+    def sha256(self) -> str:
+        """Over names and values of its weights: the same from another folder or file format."""
+        checksum = hashlib.sha256()
+        for name, tensor in sorted(self.vae.state_dict().items()):
+            checksum.update(name.encode())
+            checksum.update(tensor.cpu().contiguous().numpy().tobytes())
+        return checksum.hexdigest()
+
     @torch.no_grad()
     def encode(self, x: Tensor, noise: Tensor) -> Tensor:
         """Images (N,3,H,W) in [-1,1] and standard normal noise (N,C,h,w) to scaled latents (N,C,h,w)."""
@@ -474,6 +605,17 @@ def load_space(vae_path: str) -> PixelSpace | LatentVAE:
     return PixelSpace() if vae_path == "none" else LatentVAE(vae_path)
 
 
+class AutoencoderConfig(TypedDict):
+    """config.json of an AutoencoderKL, as far as it is read here."""
+
+    _class_name: NotRequired[str]
+    model_type: NotRequired[str]
+    latent_channels: NotRequired[Annotated[int, Field(ge=1, le=1024)]]
+    block_out_channels: NotRequired[Annotated[list[int], Field(min_length=1, max_length=16)]]
+    scaling_factor: NotRequired[Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    shift_factor: NotRequired[Annotated[float, Field(allow_inf_nan=False)] | None]
+
+
 def space_info(vae_path: str) -> SpaceInfo:
     """The facts of an autoencoder's config.json; loads no weights.
 
@@ -484,11 +626,7 @@ def space_info(vae_path: str) -> SpaceInfo:
         return PixelSpace()
     name = _vae_name(vae_path)
     config_file = _vae_file(name, "config.json")
-    try:
-        with open(config_file) as file:
-            config = json.load(file)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {config_file}: {brief(error)}") from error
+    config = read_record(Path(config_file), AutoencoderConfig)
     kind = config.get("_class_name") or config.get("model_type") or "model of unknown kind"
     if kind != "AutoencoderKL":
         raise UsageError(f"autoencoder path {vae_path} holds a {kind}; expected an AutoencoderKL")

@@ -285,7 +285,7 @@ class Logger:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self._text = open(folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
+        self._text = open(folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (lives as long as the run)
         self._metrics = self._open_metrics(folder / "metrics.jsonl", resume_step)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
         self._wandb = None

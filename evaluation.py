@@ -27,7 +27,7 @@ import distributed
 import metrics
 import sampling
 from cli import UsageError
-from data import IMAGE_ERRORS, FileSamples, brief, center_crop, images_by_class, load_image
+from data import IMAGE_ERRORS, FileSamples, brief, center_crop, images_by_class, is_data, load_image
 from extractors import Extractor, full_precision, load_extractor
 from files import digest, replacing
 from records import BadRecord, check_arrays, parse_record
@@ -115,9 +115,10 @@ class FolderImages:
         from torchvision.datasets.folder import IMG_EXTENSIONS
 
         names = sorted(entry.name for entry in path.iterdir() if entry.name.lower().endswith(IMG_EXTENSIONS))
+        names = [name for name in names if is_data(name)]
         classes, labels, self.labels = [], [0] * len(names), None
         if not names:
-            classes, names, labels = images_by_class(str(path))
+            classes, names, labels, _ = images_by_class(str(path))
             self.labels = np.array(labels)
         if not names:
             raise UsageError(f"no images ({' '.join(IMG_EXTENSIONS)}) in {path}, nor in its folders")

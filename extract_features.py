@@ -14,7 +14,6 @@ finished is kept. The manifest comes last, when every file has been read back.
 import contextlib
 import hashlib
 import itertools
-import json
 import math
 import os
 import time
@@ -33,7 +32,7 @@ import cli
 import distributed
 import sampling
 from cli import RunStopped, UsageError, natural_int, positive_int
-from data import ImageData, LatentVAE, UnreadableImages, load_space, space_info, to_unit_range
+from data import ImageData, LatentVAE, Reading, UnreadableImages, load_space, space_info, to_unit_range
 from files import UNFINISHED, digest, replace_json, replacing
 from latents import (
     FORMAT,
@@ -42,12 +41,15 @@ from latents import (
     NAMES,
     PLAN,
     REPAIR,
+    Settings,
+    Shard,
     damage,
     npy_header,
     read_manifest,
     shard_path,
     write_manifest,
 )
+from records import BadRecord, read_record
 
 DTYPES = {"fp16": "float16", "fp32": "float32"}
 MAX_SHARDS = 512  # training keeps every shard mapped, which takes an open file each
@@ -63,6 +65,7 @@ def get_parser() -> cli.Parser:
     group = parser.add_argument_group("images")
     group.add_argument("--data-path", type=Path, help="folder with one folder of images per class")
     group.add_argument("--image-size", type=positive_int, default=256, help="side of the images, in pixels")
+    group.add_argument("--background", default=Reading.background, help="colour under transparency: white, #rrggbb")
     group.add_argument("--num-workers", type=natural_int, default=4, help="processes that load images; 0: none")
 
     group = parser.add_argument_group("autoencoder")
@@ -157,14 +160,12 @@ def prepare(args, processes: distributed.Processes) -> Job:
         "item_axes": ITEM_AXES,
         "shard_size": shard_size,
         "precision": args.precision or ("fp16" if processes.device.type == "cuda" else "fp32"),
-        "autoencoder": space.config() | {"shift_factor": space.shift_factor, "sha256": sum_of_weights(space.vae)},
-        "data": {
-            "samples": len(data),
-            "fingerprint": processes.from_main(data.fingerprint() if processes.is_main else None),
-            "class_names": data.class_names,
-        },
+        "autoencoder": space.record(),
+        "data": processes.from_main(data.record() if processes.is_main else None),
     }
     finished, complete = processes.on_main(lambda: open_folder(args.features_path, settings))
+    if processes.is_main:
+        print("".join(f"{note}\n" for note in data.notes), end="")
     space.to(processes.device)
     if processes.device.type == "cuda":
         space.vae.to(memory_format=torch.channels_last)  # the layout of half-precision convolutions
@@ -180,7 +181,7 @@ def open_inputs(args) -> tuple[ImageData, int, LatentVAE]:
     facts = space_info(args.vae_path)
     if not facts.samples_posterior:
         raise UsageError("--vae-path none has nothing to extract: train.py reads the images themselves")
-    data = ImageData(args.data_path, args.image_size, facts, seed=0, flip=False)
+    data = ImageData(args.data_path, args.image_size, facts, seed=0, flip=False, reading=Reading(args.background))
     return data, choose_shard_size(args.shard_size, len(data)), load_space(args.vae_path)
 
 
@@ -196,15 +197,6 @@ def choose_shard_size(asked: int | None, num_images: int) -> int:
     return asked
 
 
-def sum_of_weights(module: torch.nn.Module) -> str:
-    """SHA-256 of names and values: the same autoencoder from another folder or file format has the same."""
-    checksum = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        checksum.update(name.encode())
-        checksum.update(tensor.numpy().tobytes())
-    return checksum.hexdigest()
-
-
 def open_folder(folder: Path, settings: dict) -> tuple[dict[int, dict], bool]:
     """The finished shards in `folder`, and whether nothing is left to do. Begins a new extraction where it is empty.
 
@@ -217,7 +209,7 @@ def open_folder(folder: Path, settings: dict) -> tuple[dict[int, dict], bool]:
         if manifest is not None:
             compare(folder, manifest, settings)
         elif (folder / PLAN).exists():
-            compare(folder, json.loads((folder / PLAN).read_text(encoding="utf-8")), settings)
+            compare(folder, read_record(folder / PLAN, Settings, "give another folder", FORMAT), settings)
         elif any(not path.name.startswith(UNFINISHED) for path in folder.iterdir()):
             raise UsageError(f"--features-path {folder} holds other files; give a new or empty folder")
         else:
@@ -245,7 +237,8 @@ def compare(folder: Path, before: dict, now: dict) -> None:
         return {f"{part}{key}": value for part, values in parts.items() for key, value in values.items()}
 
     was, now = flat(before), flat(now)
-    ignored = {"data", "autoencoder", "autoencoder path", "data class_names"}  # the fingerprint covers the classes
+    ignored = {"data", "autoencoder", "autoencoder path"}
+    ignored |= {"data class_names", "data reading"}  # the fingerprint covers both
     keys = [key for key in now if key not in ignored and was.get(key) != now[key]]
     if different := [f"{key} was {str(was.get(key))[:20]}, is {str(now[key])[:20]}" for key in keys]:
         raise UsageError(
@@ -262,8 +255,11 @@ def finished_shards(folder: Path) -> dict[int, dict]:
     """What a killed run has finished."""
     records = {}
     for path in sorted(folder.glob("shard-*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if damage(folder, record, read=False) is None:
+        try:
+            record = read_record(path, Shard)
+        except BadRecord:
+            record = None
+        if record is not None and damage(folder, record, read=False) is None:
             records[int(path.stem.removeprefix("shard-"))] = record
         else:
             path.unlink()

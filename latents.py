@@ -17,14 +17,17 @@ sample is drawn.
 
 import functools
 import io
-import json
+import math
 import mmap
 import os
 from pathlib import Path
+from typing import Annotated, Literal, NotRequired
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from cli import UsageError
 from data import (
@@ -35,23 +38,83 @@ from data import (
     draw_batch,
     draw_randomness,
     file_size,
+    is_data,
     parallel,
     require_folder,
+    successors,
 )
 from files import digest, digest_of, replace_json
+from models import LIMITS
+from records import BadRecord, Name, read_record
 
 FORMAT = 1
 MANIFEST, NAMES = "manifest.json", "images.json"
 PLAN = "extraction.json"  # the settings of an extraction that is under way
+FACTOR = 8  # pixels of an image's side for each of its latents', in fast-DiT's features, which do not say it
 ITEM_AXES = ["as it is, mirrored", "mean, standard deviation", "channel", "row", "column"]
+
+
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class File(TypedDict):
+    file: str
+    bytes: Natural
+    sha256: str
+
+
+class Unreadable(TypedDict):
+    index: Natural
+    name: Name
+
+
+class Shard(File):
+    labels: Annotated[list[Annotated[list[Natural], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+    unreadable: list[Unreadable]
+
+
+class Autoencoder(TypedDict):
+    path: Name
+    channels: Positive
+    downsample: Positive
+    scaling_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    shift_factor: Annotated[float, Field(allow_inf_nan=False)]
+    sha256: NotRequired[str]
+
+
+class Images(TypedDict):
+    samples: Positive
+    fingerprint: NotRequired[str]
+    class_names: list[Name]
+
+
+class Settings(TypedDict):
+    """extraction.json: what shapes the features."""
+
+    format: int
+    image_size: Positive
+    dtype: Literal["float16", "float32"]
+    item_shape: Annotated[list[Positive], Field(min_length=5, max_length=5)]
+    shard_size: Positive
+    autoencoder: Autoencoder
+    data: Images
+
+
+class Manifest(Settings):
+    """manifest.json"""
+
+    images: NotRequired[File]
+    shards: Annotated[list[Shard], Field(min_length=1)]
+    sha256: str
 
 
 def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.npy"
 
 
-def open_features(path: str | Path, image_size: int, seed: int, flip: bool) -> "LatentShards | LatentFiles":
-    """The latents in a folder, in whichever of the two formats they are.
+def open_features(path: str | Path, image_size: int | None, seed: int, flip: bool) -> "LatentShards | LatentFiles":
+    """The latents in a folder, in whichever of the two formats they are; `image_size` None: of whatever images.
 
     Raises:
         UsageError: neither format, unfinished, damaged, or of another image size.
@@ -59,7 +122,10 @@ def open_features(path: str | Path, image_size: int, seed: int, flip: bool) -> "
     require_folder(path, "feature path")
     if any((Path(path) / name).exists() for name in (MANIFEST, PLAN)) or shard_path(Path(path), 0).exists():
         return LatentShards(path, image_size, seed, flip)
-    return LatentFiles(path, seed)
+    data = LatentFiles(path, seed)
+    if image_size not in (None, data.image_size):
+        raise UsageError(f"the features in {path} are of images of {data.image_size} pixels, not {image_size}")
+    return data
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,10 +139,10 @@ class LatentShards(Samples):
     Batches are read whole (`__getitems__`); what is drawn for a sample is the same as one by one.
     """
 
-    def __init__(self, path: str | Path, image_size: int, seed: int, flip: bool = True):
+    def __init__(self, path: str | Path, image_size: int | None, seed: int, flip: bool = True):
         self.folder = Path(path)
         manifest = read_manifest(self.folder)
-        if manifest["image_size"] != image_size:
+        if image_size not in (None, manifest["image_size"]):
             raise UsageError(
                 f"the features in {path} are of images of {manifest['image_size']} pixels, not {image_size}: "
                 f"--image-size {manifest['image_size']}, or other features"
@@ -89,7 +155,9 @@ class LatentShards(Samples):
         names = manifest["data"]["class_names"]
         super().__init__(np.repeat(labels, counts), names, manifest["item_shape"][2:], seed)
 
+        self.image_size = manifest["image_size"]
         facts = manifest["autoencoder"]
+        self.sha256 = facts.get("sha256")  # of the autoencoder's weights
         self.space = SpaceInfo(
             *(facts[key] for key in ("path", "channels", "downsample", "scaling_factor", "shift_factor")),
             samples_posterior=True,
@@ -110,14 +178,26 @@ class LatentShards(Samples):
         """A batch, put together: every entry of an item, with N in front."""
         indices = np.array([index for _, index in keys])
         flips, drawn = draw_batch(self.seed, keys, self.latent_shape, posterior=True)
-        mean, std = self.moments(indices, flips & self.flip).float().unbind(1)  # (N,C,h,w) each
+        mirrored = flips & self.flip
+        moments, found = self.moments(indices, mirrored).float(), indices.copy()
+        for row in np.flatnonzero(~_are_finite(moments)):
+            moments[row], found[row] = self._next_finite(indices[row], mirrored[row])
+        mean, std = moments.unbind(1)  # (N,C,h,w) each
         return {
             "x": self.space.latents(mean, std, drawn["vae_noise"]),
-            "y": torch.from_numpy(self.labels[indices]),
+            "y": torch.from_numpy(self.labels[found]),
             "index": torch.from_numpy(indices),
-            "unreadable": torch.from_numpy(self.unreadable[indices]),
+            "unreadable": torch.from_numpy(np.where(found == indices, self.unreadable[indices], indices)),
             **drawn,
         }
+
+    def _next_finite(self, index: int, mirrored: bool) -> tuple[Tensor, int]:
+        """(2,C,h,w) moments of the first image after `index` whose moments are finite, and which that is."""
+        for candidate in successors(index, len(self)):
+            moments = self.moments(np.array([candidate]), np.array([mirrored])).float()
+            if _are_finite(moments).all():
+                return moments[0], candidate
+        raise RuntimeError(f"{self.name_of(index)} is not finite, nor are those that follow it")
 
     def moments(self, indices: np.ndarray, mirrored: np.ndarray) -> Tensor:
         """(N,2,C,h,w) mean and standard deviation as stored, of the images or of their mirror images."""
@@ -143,14 +223,19 @@ class LatentShards(Samples):
         """For workers that are spawned: they map the shards themselves; pickled maps would be read as a whole."""
         return vars(self) | {"_shards": [None] * len(self._shards)}
 
-    def compare_with(self, space: SpaceInfo | None) -> None:
-        """Raises UsageError if `space`, which is to decode what is learned from these latents, has others."""
-        for field in ("channels", "downsample", "scaling_factor", "shift_factor"):
-            if space is not None and getattr(space, field) != getattr(self.space, field):
+    def compare_with(self, space: SpaceInfo) -> None:
+        """Raises UsageError if `space`, which is to decode what is learned from these latents, is another."""
+        ours = self.space_record()
+        for field, theirs in space.record().items():
+            if field != "path" and ours.get(field) not in (None, theirs):
                 raise UsageError(
                     f"the features in {self.folder} were made by the autoencoder {self.space.path} with {field} "
-                    f"{getattr(self.space, field)}; --vae-path {space.path} has {getattr(space, field)}"
+                    f"{ours[field]}; --vae-path {space.path} has {theirs}"
                 )
+
+    def space_record(self) -> dict:
+        """`SpaceInfo.record` of the autoencoder that made these latents."""
+        return self.space.record() | ({"sha256": self.sha256} if self.sha256 else {})
 
     def name_of(self, index: int) -> str:
         number, row = divmod(index, self.shard_size)
@@ -158,11 +243,19 @@ class LatentShards(Samples):
 
     @functools.cached_property
     def _image_names(self) -> list[str]:
-        return json.loads((self.folder / NAMES).read_text(encoding="utf-8"))
+        names = read_record(self.folder / NAMES, list[Name], REPAIR)
+        if len(names) != len(self):
+            raise BadRecord(f"{self.folder / NAMES} has {len(names)} names for {len(self)} images; {REPAIR}")
+        return names
 
     def fingerprint(self) -> str:
         """Of the manifest, and so of every byte and label."""
         return self._fingerprint
+
+
+def _are_finite(latents: Tensor) -> np.ndarray:
+    """(N, ...) -> (N,) bool."""
+    return latents.isfinite().flatten(1).all(dim=1).numpy()
 
 
 class _MappedShard:
@@ -207,16 +300,37 @@ def read_manifest(folder: Path) -> dict:
                 f"the extraction into {folder} has not finished: run the same extract_features.py command again"
             )
         raise UsageError(f"no {MANIFEST} in {folder}: not a folder that extract_features.py has written")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        content = {key: value for key, value in manifest.items() if key != "sha256"}
-        if manifest["sha256"] != digest_of(content):
-            raise ValueError("it does not match its own SHA-256")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UsageError(f"{path} is damaged ({brief(error)})") from None
-    if manifest["format"] != FORMAT:
-        raise UsageError(f"{path} has format {manifest['format']}; this version reads format {FORMAT}")
+    manifest = read_record(path, Manifest, "extract the features anew", FORMAT)
+    if manifest["sha256"] != digest_of({key: value for key, value in manifest.items() if key != "sha256"}):
+        raise BadRecord(f"{path} is damaged: it does not match its own SHA-256; extract the features anew")
+    check_agreement(path, manifest)
     return manifest
+
+
+def check_agreement(path: Path, manifest: "Manifest") -> None:
+    """Raises UsageError for a manifest whose parts contradict one another."""
+    data, shards, size = manifest["data"], manifest["shards"], manifest["shard_size"]
+    samples, classes, shape = data["samples"], len(data["class_names"]), manifest["item_shape"]
+
+    def wrong(what: str) -> BadRecord:
+        return BadRecord(f"{path}: {what}; extract the features anew")
+
+    if shape[:2] != [2, 2] or shape[2] != manifest["autoencoder"]["channels"]:
+        raise wrong(f"item_shape is {shape}, expected 2, 2, {manifest['autoencoder']['channels']} channels, h, w")
+    if len(shards) != -(-samples // size):
+        raise wrong(f"{len(shards)} shards of {size} for {samples} samples")
+    for number, shard in enumerate(shards):
+        name, count = shard_path(Path(), number).name, min(size, samples - number * size)
+        header = len(npy_header(np.dtype(manifest["dtype"]), (count, *shape)))
+        expected = header + count * math.prod(shape) * np.dtype(manifest["dtype"]).itemsize
+        if (shard["file"], shard["bytes"]) != (name, expected):
+            raise wrong(f"{shard['file']} of {shard['bytes']} bytes, expected {name} of {expected}")
+        if sum(run for _, run in shard["labels"]) != count:
+            raise wrong(f"{name} has {sum(run for _, run in shard['labels'])} labels for {count} images")
+        if (label := max(label for label, _ in shard["labels"])) >= classes:
+            raise wrong(f"{name} has label {label}, but there are {classes} class names")
+        if any(image["index"] >= samples for image in shard["unreadable"]):
+            raise wrong(f"{name} has an unreadable image beyond the {samples}")
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
@@ -251,11 +365,14 @@ class LatentFiles(FileSamples):
     def __init__(self, path: str, seed: int):
         require_folder(path, "feature path")
         features, labels = _feature_folders(path)
-        names = sorted((name for name in os.listdir(features) if name.endswith(".npy")), key=lambda n: (len(n), n))
-        label_names = {name for name in os.listdir(labels) if name.endswith(".npy")}
+        names, label_names = (
+            [name for name in os.listdir(folder) if name.endswith(".npy") and is_data(name)]
+            for folder in (features, labels)
+        )
+        names.sort(key=lambda name: (len(name), name))
         if not names:
             raise UsageError(f"no .npy files in {features}")
-        if unpaired := label_names.symmetric_difference(names):
+        if unpaired := set(label_names).symmetric_difference(names):
             counts = f"{len(names)} files in {features}, {len(label_names)} in {labels}"
             raise UsageError(f"features and labels do not match: {counts}; {min(unpaired)} is in one of them only")
 
@@ -270,19 +387,30 @@ class LatentFiles(FileSamples):
         values = _read_labels([os.path.join(labels, name) for name in names])
         class_names = [str(label) for label in range(max(values) + 1)]
         super().__init__(features, names, values, class_names, latent_shape, seed)
+        self.image_size = FACTOR * latent_shape[1]
+        self.notes.append(
+            f"features of one file per image: taken for images of {self.image_size} pixels ({FACTOR} for one of the "
+            f"latents'); there are no mirror images among them, whatever --flip says"
+        )
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = key
         _, entries = draw_randomness(self.seed, epoch, index, self.latent_shape, posterior=False)
-        latent = _load_latent(self.name_of(index))
+        found, latent = self.first_readable(index, self._load)
+        return self._item(torch.from_numpy(latent), entries, index, found)
+
+    def _load(self, name: str) -> np.ndarray:
+        latent = _load_latent(name)
         if latent.shape != self.latent_shape:
-            raise ValueError(f"{self.name_of(index)} has latents {latent.shape}, the others {self.latent_shape}")
-        return self._item(torch.from_numpy(latent), entries, index, index)
+            raise ValueError(f"{name} has latents {latent.shape}, the others {self.latent_shape}")
+        if not np.isfinite(latent).all():
+            raise ValueError(f"{name} has latents that are not finite")
+        return latent
 
 
 def _feature_folders(path: str) -> tuple[str, str]:
     """The one pair of folders NAME_features, NAME_labels in `path`."""
-    folders = {entry.name for entry in os.scandir(path) if entry.is_dir()}
+    folders = {entry.name for entry in os.scandir(path) if entry.is_dir() and is_data(entry.name)}
     features = sorted(name for name in folders if name.endswith("_features"))
     pairs = [(name, name.removesuffix("_features") + "_labels") for name in features]
     complete = [pair for pair in pairs if pair[1] in folders]
@@ -314,12 +442,17 @@ def _read_labels(paths: list[str]) -> list[int]:
     np.save(buffer, np.zeros(1, dtype=np.int64))
     header = buffer.getvalue()[:-8]
 
+    _, largest = LIMITS["num_classes"]
+
     def read(path: str) -> int:
-        with open(path, "rb") as file:
-            content = file.read()
+        try:
+            with open(path, "rb") as file:
+                content = file.read()
+        except OSError as error:
+            raise UsageError(f"the label {path} cannot be read: {error.strerror or error}") from None
         label = int.from_bytes(content[-8:], "little", signed=True)
-        if content[:-8] != header or label < 0:
-            raise UsageError(f"{path} is not a label: expected one int64 of at least 0, shape (1,)")
+        if content[:-8] != header or not 0 <= label < largest:
+            raise UsageError(f"{path} is not a label: expected one int64 from 0 to {largest - 1}, shape (1,)")
         return label
 
     return parallel(read, paths)

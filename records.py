@@ -9,9 +9,21 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import PlainValidator, TypeAdapter, ValidationError
 
 from cli import UsageError
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("should be a string")
+    return value
+
+
+# A name of a file or folder: as Python has it, which pydantic's own strings refuse where it is not UTF-8.
+Name = Annotated[Any, PlainValidator(_text)]
 
 
 class BadRecord(UsageError):
@@ -59,8 +71,6 @@ def check_record(content: Any, kind: type, source: object, what_to_do: str = "",
     Raises:
         BadRecord: names `source`, the first field that differs, its value, and what was expected.
     """
-    from pydantic import ValidationError  # takes a moment to import
-
     if version is not None and isinstance(content, dict) and content.get("format", version) != version:
         raise OtherVersion(f"{source} has format {content['format']!r}, this version reads {version}")
     try:
@@ -105,8 +115,6 @@ def _advice(what_to_do: str) -> str:
 
 @cache
 def _adapter(kind: type):
-    from pydantic import TypeAdapter
-
     return TypeAdapter(kind)
 
 

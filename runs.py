@@ -22,7 +22,7 @@ import profiling
 import sampling
 from classes import Classes
 from cli import Need, Parser, UsageError, boolean, check_needs, natural_int, number_in, positive_int, values
-from data import BatchSchedule, ImageData, SpaceInfo, load_space, require_folder, space_info
+from data import AS_BEFORE, BatchSchedule, ImageData, Reading, load_space, require_folder, space_info
 from files import write_json
 from latents import LatentShards, open_features
 from models import CHECKPOINTING, UNSEEN, DiT, DiT_models, DiTConfig, build_config, check_attention, row_name
@@ -49,6 +49,7 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument("--feature-path", type=Path, help="extracted latents (or fast-DiT's), in place of --data-path")
     group.add_argument("--vae-path", "--vae", default="mse", help="autoencoder: folder, hub name, mse, ema, or none")
     group.add_argument("--image-size", type=positive_int, default=256, help="side of the images, in pixels")
+    group.add_argument("--background", default=Reading.background, help="colour under transparency: white, #rrggbb")
     group.add_argument("--num-workers", type=natural_int, default=4, help="processes that load data; 0: none")
     parser.add_switch(group, "--flip", True, "mirror half of the images")
 
@@ -171,15 +172,17 @@ NEEDS = (  # besides those of objectives.py
     ),
     Need(
         ("sample_cfg_scale",),
-        lambda args: args.sample_every or args.metrics_every,
+        lambda args: _draws_images(args),
         "--sample-every N or --metrics-every N",
     ),
     Need(("allow_changes",), lambda args: args.resume is not None, "--resume"),
+    Need(("background",), lambda args: args.data_path is not None, "--data-path (features are made already)"),
     Need(("fresh_parts",), lambda args: args.init_from is not None, "--init-from FILE"),
 )
 
 # Flags that may differ when a run is resumed: they do not shape the loss curve.
 RUN_CONTROL = {
+    *("image_size", "background"),  # the model's input size and the data's fingerprint tell
     *("data_path", "feature_path", "vae_path", "num_workers", "epochs", "max_steps", "device", "local_rank", "timeout"),
     *("attention", "compile", "activation_checkpointing", "deterministic", "pretraining_tp"),
     *("data_parallel", "expert_parallel", "start_timeout"),
@@ -313,9 +316,7 @@ def _choose(args, processes: distributed.Processes) -> Choices:
 
 def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distributed.Processes) -> Run:
     args, model, objective = choices.args, choices.model, choices.objective
-    needs_space = args.feature_path is None or args.sample_every > 0 or args.metrics_every > 0
-    space_facts = space_info(args.vae_path) if needs_space else None
-    data = open_data(args, space_facts)
+    data, space, space_record = open_data(args, resumed)
     if args.num_classes is None:  # a resumed run keeps its own
         args.num_classes = data.num_classes if resumed is None else resumed.config["model"].get("num_classes", 1000)
     if data.num_classes > args.num_classes:
@@ -324,8 +325,8 @@ def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distri
     channels, input_size, width = data.latent_shape
     if width != input_size:
         raise UsageError(f"latents of {input_size}x{width} are not square")
-    if needs_space and space_facts.channels != channels:
-        raise UsageError(f"--vae-path {args.vae_path} has {space_facts.channels} channels, the latents have {channels}")
+    if space is not None and space.channels != channels:
+        raise UsageError(f"--vae-path {args.vae_path} has {space.channels} channels, the latents have {channels}")
     config = dataclasses.replace(model, input_size=input_size, in_channels=channels, num_classes=args.num_classes)
     start = None if choices.weights is None else finetune.fit(choices.weights, config, classes, args.fresh_parts)
     dtype = sampling.PRECISIONS[args.precision]
@@ -344,10 +345,10 @@ def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distri
         "model_name": args.model,
         "model": config.to_dict(),
         "objective": objective.config(),
-        "space": space_facts.config() if needs_space else {"path": args.vae_path},
+        "space": space_record,
         "image_size": args.image_size,
         "ema_decay": args.ema_decay,
-        "data": {"samples": len(data), "fingerprint": data.fingerprint(), "class_names": data.class_names},
+        "data": data.record(),
         "versions": {"torch": torch.__version__},
     }
     return Run(
@@ -357,12 +358,12 @@ def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distri
         objective=objective,
         data=data,
         schedule=schedule,
-        space=load_space(args.vae_path).to(processes.device) if needs_space else None,
+        space=None if space is None else space.to(processes.device),
         total_steps=total_steps,
         record=record,
         classes=classes,
         start=start,
-        notes=[] if start is None else [*start.in_words(), *differences(choices.weights, record)],
+        notes=data.notes + ([] if start is None else [*start.in_words(), *differences(choices.weights, record)]),
     )
 
 
@@ -417,15 +418,37 @@ def choose_precision(name: str | None, device: torch.device) -> str:
     return sampling.choose_precision(name, device)
 
 
-def open_data(args, space_facts: SpaceInfo | None):
-    if args.feature_path is not None:
-        data = open_features(args.feature_path, args.image_size, args.global_seed, args.flip)
-        if isinstance(data, LatentShards):
-            data.compare_with(space_facts)
-            if space_facts is None:  # no autoencoder is loaded; checkpoints must name the one that made the latents
-                args.vae_path = data.space.path
-        return data
-    return ImageData(args.data_path, args.image_size, space_facts, args.global_seed, args.flip)
+def open_data(args, resumed: "Resumed | None"):
+    """The samples, what turns latents into images (None where none are drawn), and what checkpoints say of that.
+
+    Sets the flags that features answer: `image_size`, and `vae_path` where shards of moments name their own.
+    """
+    if args.feature_path is None:
+        recorded = resumed is None or "background" in args.given or "reading" in resumed.config.get("data", {})
+        reading = Reading(args.background) if recorded else AS_BEFORE
+        facts = space_info(args.vae_path)
+        data = ImageData(args.data_path, args.image_size, facts, args.global_seed, args.flip, reading)
+        if not recorded:
+            data.notes.append("transparency and EXIF rotation are ignored, as when this run began")
+        space = load_space(args.vae_path)
+        return data, space, space.record()
+
+    size = args.image_size if "image_size" in args.given else None
+    data, draws = open_features(args.feature_path, size, args.global_seed, args.flip), _draws_images(args)
+    args.image_size = data.image_size
+    if not isinstance(data, LatentShards):
+        space = load_space(args.vae_path) if draws else None
+        return data, space, {"path": args.vae_path} if space is None else space.record()
+    if not (draws and "vae_path" in args.given):
+        args.vae_path = data.space.path
+    space = load_space(args.vae_path) if draws else None
+    if space is not None:
+        data.compare_with(space)
+    return data, space, data.space_record()
+
+
+def _draws_images(args) -> bool:
+    return args.sample_every > 0 or args.metrics_every > 0
 
 
 def run_name(model: str, config: DiTConfig, objective) -> str:
@@ -499,13 +522,11 @@ def compare_with_checkpoint(run: Run, resumed: Resumed) -> None:
     flags_before, flags_now = state["flags"], flags(run.args)
     model = DiTConfig.from_dict(before["model"])  # with today's defaults for options of today
     pairs = {"data fingerprint": (before.get("data", {}).get("fingerprint"), run.record["data"]["fingerprint"])}
-    for part, was in (
-        ("model", model.to_dict()),
-        ("objective", before["objective"]),
-        ("space", before.get("space", {})),
-    ):
-        pairs |= {f"{part} {key}": (was.get(key), value) for key, value in run.record[part].items()}
-    pairs.pop("space path")  # an autoencoder may have moved
+    recorded = {"model": model.to_dict(), "objective": before["objective"], "space": before.get("space", {})}
+    for part, was in recorded.items():
+        # Of a latent space what was recorded is compared; an autoencoder may have moved.
+        keys = set(was) - {"path"} if part == "space" else set(run.record[part])
+        pairs |= {f"{part} {key}": (was.get(key), run.record[part].get(key)) for key in keys}
     for key in (flags_before.keys() & flags_now.keys()) - RUN_CONTROL:
         pairs[f"--{key}"] = flags_before[key], flags_now[key]
     if run.args.lr_schedule != "constant":

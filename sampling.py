@@ -351,7 +351,7 @@ def choose_labels(texts: Sequence[str], loaded: "Loaded") -> list[int]:
         UsageError: the model does not know one.
     """
     labels = [loaded.classes.label(text) for text in texts]
-    if (untrained := loaded.classes.untrained(labels)) and os.environ.get("RANK", "0") == "0":
+    if (untrained := loaded.classes.untrained(labels)) and _is_first():
         known = loaded.classes.trained
         print(
             f"WARNING: class {untrained[0]} was not in the training data, which had classes 0..{known[-1]}: "
@@ -585,7 +585,14 @@ def _choose_space(args, weights: checkpoint.Weights) -> SpaceInfo:
             )
         if said is not None:
             setattr(space, field, said)
+    if (before := recorded.get("sha256")) and before != space.record().get("sha256") and _is_first():
+        print(f"WARNING: {vae_path} has other weights than the autoencoder of the training", file=sys.stderr)
     return space
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _compare_flags(args, weights: checkpoint.Weights, image_size: int) -> None:
@@ -614,6 +621,6 @@ def _say_what_is_assumed(args, weights: checkpoint.Weights, objective) -> None:
     if config.num_experts:
         assumed.append(", ".join(f"{name} {getattr(config, name)}" for name in UNSEEN))
     said = [args.given[name] for name in ("rf", *SETTINGS, *UNSEEN) if name in args.given]
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         by_flags = f" (said: {', '.join(said)})" if said else ""
         print(f"{weights.source} does not describe itself; taken for {'; '.join(assumed)}{by_flags}", file=sys.stderr)

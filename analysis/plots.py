@@ -240,8 +240,8 @@ def layer_ticks(axis, layers: list[int]) -> None:
 
 
 def plain(text: str) -> str:
-    """Text as it stands: to matplotlib, what is between two dollar signs is a formula."""
-    return text.replace("$", r"\$")
+    """Text as it stands: to matplotlib, what is between two dollar signs is a formula; names may not be UTF-8."""
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
 def shortened(name: str, length: int = 16) -> str:

@@ -36,7 +36,7 @@ def get_parser() -> Parser:
 def main(args) -> None:
     data = RoutingData.load(args.data)
     path = args.output or args.data.with_suffix(".html")
-    page = make_page(data, args.examples, args.steps, args.dpi).encode()
+    page = make_page(data, args.examples, args.steps, args.dpi).encode(errors="backslashreplace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:

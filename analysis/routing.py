@@ -26,7 +26,7 @@ from cli import UsageError
 from files import replacing
 from models import DiTConfig
 from moe import Routing
-from records import BadRecord, check_arrays, parse_record
+from records import BadRecord, Name, check_arrays, parse_record
 
 STEP_BINS = 16  # of the evaluations, for what is also kept by class or by patch
 PROBABILITY_UNIT = 2**-20  # probabilities are summed as whole multiples of it
@@ -44,9 +44,9 @@ Natural = Annotated[int, Field(ge=0)]
 class About(TypedDict):
     """What a file says of its arrays."""
 
-    checkpoint: str
+    checkpoint: Name
     model: str
-    settings: str
+    settings: Name
     precision: str
     num_experts: Annotated[int, Field(ge=1)]
     top_k: Annotated[int, Field(ge=1)]
@@ -54,7 +54,7 @@ class About(TypedDict):
     times: list[float]
     layers: list[Natural]
     classes: list[Natural]
-    class_names: list[str]
+    class_names: list[Name]
     examples: list[Natural]
     example_labels: list[Natural]
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import time
 import warnings
 from itertools import chain, islice, product
@@ -16,8 +17,8 @@ from torch.utils.data import default_collate
 import data
 from benchmarks.data import write_shards
 from cli import UsageError
-from data import BatchSchedule, ImageData, LatentVAE, PixelSpace, SpaceInfo, UnreadableImages
-from latents import LatentFiles, LatentShards, open_features
+from data import AS_BEFORE, BatchSchedule, ImageData, LatentVAE, PixelSpace, Reading, SpaceInfo, UnreadableImages
+from latents import LatentFiles, LatentShards, open_features, write_manifest
 
 LATENT = SpaceInfo("tiny", channels=4, downsample=4, scaling_factor=1.0, shift_factor=0.0, samples_posterior=True)
 
@@ -54,6 +55,102 @@ def assert_same(a: dict, b: dict):
 # Images
 
 
+def on_white(image: Image.Image) -> np.ndarray:
+    """By the definition: alpha times colour, and the rest white."""
+    rgba = np.asarray(image.convert("RGBA")).astype(np.float64)
+    alpha = rgba[..., 3:] / 255
+    return np.round(rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+
+
+def test_transparency_shows_the_background(tmp_path):
+    """Colours under alpha 0 are anything: they do not show. Also as one transparent value of RGB and of 16-bit grey."""
+    rng = np.random.default_rng(0)
+    hidden = rng.integers(0, 256, (6, 8, 4), dtype=np.uint8)
+    hidden[..., 3] = 0
+    Image.fromarray(hidden).save(tmp_path / "hidden.png")
+    assert (np.asarray(data.load_image(str(tmp_path / "hidden.png"))) == 255).all()
+    half = rng.integers(0, 256, (6, 8, 4), dtype=np.uint8)
+    Image.fromarray(half).save(tmp_path / "half.png")
+    loaded = np.asarray(data.load_image(str(tmp_path / "half.png"))).astype(int)
+    assert np.abs(loaded - on_white(Image.fromarray(half))).max() <= 1
+    black = np.asarray(data.load_image(str(tmp_path / "half.png"), Reading("#000"))).astype(int)
+    assert np.abs(black - half[..., :3] * (half[..., 3:] / 255)).max() <= 1
+    before = np.asarray(data.load_image(str(tmp_path / "half.png"), AS_BEFORE))
+    assert np.array_equal(before, half[..., :3])
+    rgb = half[..., :3].copy()
+    rgb[0] = (1, 2, 3)
+    Image.fromarray(rgb).save(tmp_path / "keyed.png", transparency=(1, 2, 3))
+    keyed = np.asarray(data.load_image(str(tmp_path / "keyed.png")))
+    assert (keyed[0] == 255).all() and np.array_equal(keyed[1:], rgb[1:])
+    grey = rng.integers(0, 60_000, (6, 8)).astype(np.uint16)
+    grey[2] = 7
+    Image.fromarray(grey).save(tmp_path / "deep.png", transparency=7)
+    deep = np.asarray(data.load_image(str(tmp_path / "deep.png")))
+    assert (deep[2] == 255).all() and np.array_equal(deep[3, :, 0], np.round(grey[3] / 257))
+    with pytest.raises(UsageError, match="--background mauvish is no colour"):
+        Reading("mauvish")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_exif_says(tmp_path, orientation):
+    pixels = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    turned = {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.swapaxes(0, 1),
+        6: pixels[::-1].swapaxes(0, 1),
+        7: pixels[::-1, ::-1].swapaxes(0, 1),
+        8: pixels[:, ::-1].swapaxes(0, 1),
+    }
+    assert np.array_equal(np.asarray(data.load_image(str(tmp_path / "x.png"))), turned[orientation])
+    assert np.array_equal(np.asarray(data.load_image(str(tmp_path / "x.png"), AS_BEFORE)), pixels)
+
+
+def test_broken_exif_tells_nothing(tmp_path):
+    pixels = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+    broken = (b"Exif\x00\x00", b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff", b"MM", b"\xff" * 40)
+    for number, exif in enumerate(broken):
+        path = str(tmp_path / f"{number}.png")
+        Image.fromarray(pixels).save(path, exif=exif)
+        assert np.array_equal(np.asarray(data.load_image(path)), pixels)
+
+
+def test_hidden_names_are_no_data(tmp_path):
+    """Neither classes nor images: labels and order are those of the same folder without them."""
+    root = write_images(tmp_path / "images", ("class0", "class1"), 2)
+    _, names, labels, _ = data.images_by_class(str(root))
+    plain = ImageData(str(root), 8, data.space_info("none"), seed=0)
+    for folder in ("__MACOSX/class0", ".thumbnails", "class0/.cache", "class1/__MACOSX"):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "x.png").write_bytes(b"no image")
+    (root / "class0" / "._0.png").write_bytes(b"no image")
+    found = data.images_by_class(str(root))
+    assert found == (["class0", "class1"], names, labels, []) and len(names) == 4
+    assert ImageData(str(root), 8, data.space_info("none"), seed=0).fingerprint() == plain.fingerprint()
+
+
+def test_pictures_that_are_not_read_are_said(tmp_path):
+    root = write_images(tmp_path / "images", ("class0", "class1"), 2)
+    Image.new("RGB", (8, 8)).save(root / "class1" / "x.gif")
+    for name in ("notes.txt", "paper.pdf", "data.h5", "figure.eps"):
+        (root / "class0" / name).write_text("no picture")
+    (note,) = ImageData(str(root), 8, data.space_info("none"), seed=0).notes
+    assert re.match(r"1 images are not read, for their suffix \(\.gif\): class1/x\.gif", note)
+
+
+def test_how_pixels_are_read_is_part_of_the_fingerprint(tmp_path):
+    root = str(write_images(tmp_path / "images", ("class0", "class1"), 2))
+    readings = (Reading(), Reading("black"), Reading(upright=False), AS_BEFORE)
+    sets = [ImageData(root, 8, data.space_info("none"), seed=0, reading=reading) for reading in readings]
+    assert len({each.fingerprint() for each in sets}) == 4
+    assert [each.record().get("reading") for each in sets] == [reading.config() for reading in readings[:3]] + [None]
+
+
 def test_every_mode_becomes_rgb_without_a_warning(tmp_path):
     rgb = noise_image(8, 6)
     grey = rgb.convert("L")
@@ -66,7 +163,7 @@ def test_every_mode_becomes_rgb_without_a_warning(tmp_path):
         "grey_alpha.png": (grey.convert("LA"), grey_rgb),
         "rgba.png": (rgb.convert("RGBA"), np.asarray(rgb)),
         "one_bit.png": (grey.convert("1"), np.asarray(grey.convert("1").convert("RGB"))),
-        "palette.png": (palette, np.asarray(palette.copy().convert("RGBA"))[..., :3]),
+        "palette.png": (palette, on_white(palette.copy())),
         "cmyk.tif": (rgb.convert("CMYK"), np.asarray(rgb)),
     }
     with warnings.catch_warnings():
@@ -428,14 +525,37 @@ def test_errors_of_latent_folders(tmp_path):
         LatentFiles(str(tmp_path), seed=0)
 
 
-def test_a_latent_file_changed_during_the_run_is_named(tmp_path):
+def test_a_latent_file_that_breaks_is_replaced_and_named(tmp_path):
+    """Of another shape, gone, not finite: the next good one takes its place, with its label."""
     dataset = LatentFiles(str(write_latents(tmp_path)), seed=0)
     np.save(dataset.name_of(3), np.zeros((1, 4, 8, 9), dtype=np.float32))
     (tmp_path / "imagenet256_features" / "4.npy").unlink()
-    for index in (3, 4):
-        with pytest.raises(ValueError, match=f"{index}.npy") as caught:
-            dataset[0, index]
-        assert not isinstance(caught.value, UsageError)  # one process alone sees it, so it must not exit in silence
+    np.save(dataset.name_of(5), np.full((1, *dataset.latent_shape), np.nan, dtype=np.float32))
+    for index in (3, 4, 5):
+        item = dataset[0, index]
+        assert torch.equal(item["x"], dataset[0, 6]["x"]) and item["y"] == dataset.labels[6]
+        assert item["index"] == item["unreadable"] == index
+    assert dataset[0, 6]["unreadable"] == -1
+
+
+def test_labels_that_are_none(tmp_path):
+    write_latents(tmp_path)
+    label = tmp_path / "imagenet256_labels" / "2.npy"
+    for value in (-1, 10**9):
+        np.save(label, np.array([value]))
+        with pytest.raises(UsageError, match=r"2\.npy is not a label: expected one int64 from 0 to 9999999"):
+            LatentFiles(str(tmp_path), seed=0)
+    label.unlink()
+    label.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"the label .*2\.npy cannot be read: No such file"):
+        LatentFiles(str(tmp_path), seed=0)
+
+
+def test_hidden_latents_are_no_data(tmp_path):
+    plain = LatentFiles(str(write_latents(tmp_path)), seed=0)
+    (tmp_path / "imagenet256_features" / "._0.npy").write_bytes(b"x")
+    (tmp_path / "__MACOSX_features").mkdir()
+    assert len(LatentFiles(str(tmp_path), seed=0)) == len(plain)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,7 +635,7 @@ def test_the_fingerprint_of_shards_follows_contents_and_labels(tmp_path):
 
 def test_either_format_is_recognised(tmp_path):
     assert isinstance(open_features(make_shards(tmp_path)[0], 16, 0, True), LatentShards)
-    assert isinstance(open_features(write_latents(tmp_path / "files"), 16, 0, True), LatentFiles)
+    assert isinstance(open_features(write_latents(tmp_path / "files"), 64, 0, True), LatentFiles)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="fast-DiT .*manifest.json"):
         open_features(tmp_path / "empty", 16, 0, True)
@@ -548,9 +668,9 @@ def damage_shards(folder, how):
         ("unfinished", "has not finished: run the same extract_features.py command again"),
         ("missing shard", "shard-00001.npy is missing; delete that file and run"),
         ("short shard", "shard-00001.npy is damaged: it has 1000 bytes, not 1152; delete that file and run"),
-        ("edited manifest", "manifest.json is damaged .*its own SHA-256"),
-        ("cut manifest", "manifest.json is damaged"),
-        ("no object", "manifest.json is damaged"),
+        ("edited manifest", "manifest.json is damaged: .*its own SHA-256"),
+        ("cut manifest", "manifest.json is not JSON .*extract the features anew"),
+        ("no object", "manifest.json: the whole is .*should be a valid dictionary"),
     ],
 )
 def test_errors_of_latent_shards(tmp_path, how, words):
@@ -566,14 +686,70 @@ def test_shards_of_another_size_format_or_autoencoder(tmp_path):
     with pytest.raises(UsageError, match="images of 16 pixels, not 256: --image-size 16, or other features"):
         LatentShards(folder, 256, seed=0)
     dataset = LatentShards(folder, 16, seed=0)
-    dataset.compare_with(None)
     dataset.compare_with(dataset.space)
     other = SpaceInfo("other", 2, dataset.space.downsample, 0.13025, 0.0, True)
     with pytest.raises(UsageError, match="sd-vae with scaling_factor 0.18215; --vae-path other has 0.13025"):
         dataset.compare_with(other)
     folder, *_ = make_shards(tmp_path / "new", format=2)
-    with pytest.raises(UsageError, match="has format 2; this version reads format 1"):
+    with pytest.raises(UsageError, match="has format 2, this version reads 1"):
         LatentShards(folder, 16, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data class_names": ["a", "b"]}, "shard-00001.npy has label 2, but there are 2 class names"),
+        ({"shard_size": 0}, "shard_size is 0"),
+        ({"shard_size": 3}, "3 shards of 3 for 11 samples"),
+        ({"data samples": 12}, "shard-00002.npy of .* bytes, expected shard-00002.npy of"),
+        ({"dtype": "float32"}, "shard-00000.npy of .* bytes, expected shard-00000.npy of"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"item_shape": [2, 2, 3, 4, 4]}, "item_shape is .*expected 2, 2, 2 channels"),
+        ({"shards": []}, "shards is"),
+        ({"shards 0 labels": [[-1, 4]]}, "shards.0.labels.0.0 is -1"),
+        ({"shards 0 labels": [[0, 3]]}, "shard-00000.npy has 3 labels for 4 images"),
+        ({"shards 0 labels": [[99, 4]]}, "shard-00000.npy has label 99, but there are 4 class names"),
+        ({"shards 1 file": "../x.npy"}, r"\.\./x\.npy of .* bytes, expected shard-00001\.npy"),
+        ({"shards 1 unreadable": [{"index": 11, "name": "x"}]}, "an unreadable image beyond the 11"),
+        ({"autoencoder scaling_factor": 0.0}, "scaling_factor is 0.0, input should be greater than 0"),
+        ({"image_size": "16"}, "image_size is '16'"),
+    ],
+)
+def test_manifests_that_disagree_with_themselves(tmp_path, change, message):
+    folder, *_ = make_shards(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
+    for path, value in change.items():
+        *parts, last = path.split()
+        inner = manifest
+        for part in parts:
+            inner = inner[int(part) if part.isdecimal() else part]
+        inner[last] = value
+    write_manifest(folder, manifest)
+    with pytest.raises(UsageError, match=message) as caught:
+        open_features(folder, 16, 0, True)
+    assert "\n" not in str(caught.value)
+
+
+def test_moments_that_are_not_finite_are_replaced_and_named(tmp_path):
+    folder, moments, labels = make_shards(tmp_path)
+    good = LatentShards(folder, 16, seed=0, flip=False)
+    expected = good.__getitems__([(0, index) for index in range(11)])
+    shard = np.load(folder / "shard-00000.npy")
+    shard[3, 0, 1, 0, 0, 0] = np.inf
+    shard[2, 1] = np.nan  # of the mirror image, which is not asked for
+    np.save(folder / "shard-00000.npy", shard)
+    shard = np.load(folder / "shard-00001.npy")
+    shard[0, 0, 0] = np.nan
+    np.save(folder / "shard-00001.npy", shard)
+    broken = LatentShards(folder, 16, seed=0, flip=False)
+    items = broken.__getitems__([(0, index) for index in range(11)])
+    assert items["unreadable"].tolist() == [-1, -1, -1, 3, 4, *[-1] * 6]
+    assert items["y"].tolist() == [*labels[:3], labels[5], labels[5], *labels[5:]]
+    same = [0, 1, 2, *range(5, 11)]
+    assert torch.equal(items["x"][same], expected["x"][same]) and items["x"].isfinite().all()
+    mean, std = torch.from_numpy(moments[5, 0]).float()
+    assert torch.equal(items["x"][3], good.space.latents(mean, std, items["vae_noise"][3]))
 
 
 def test_a_shard_replaced_during_the_run_is_named(tmp_path):
@@ -788,7 +964,9 @@ def test_folders_that_hold_no_autoencoder(tmp_path):
         '{"_class_name": "UNet2DModel"}': "UNet2DModel; expected an AutoencoderKL",
         '{"model_type": "clip"}': "clip; expected",
         "{}": "unknown kind",
-        '{"_class_name": ': "cannot read",
+        '{"_class_name": ': "is not JSON",
+        '{"_class_name": "AutoencoderKL", "scaling_factor": 0}': "scaling_factor is 0, input should be greater than 0",
+        '{"_class_name": "AutoencoderKL", "latent_channels": "4"}': "latent_channels is '4'",
         '{"_class_name": "AutoencoderKL"}': "no autoencoder weights",
     }.items():
         config.write_text(content)

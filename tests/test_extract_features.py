@@ -120,6 +120,7 @@ def test_the_manifest_says_all_about_them(images, autoencoder, tmp_path):
     assert manifest["data"] == {
         "samples": 20,
         "fingerprint": dataset.fingerprint(),
+        "reading": {"background": "white", "upright": True},
         "class_names": ["class0", "class1", "class2", "class3"],
         "class_counts": [5] * 4,
     }

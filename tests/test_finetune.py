@@ -11,9 +11,11 @@ import torch
 from conftest import write_images
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_sampling import tiny_vae
 
 import calculate_metrics
 import checkpoint
+import extract_features
 import finetune
 import models
 import sample
@@ -22,8 +24,10 @@ import sampling
 import train
 import weights
 from analysis import expert_data
+from benchmarks.data import write_files
 from classes import Classes
 from cli import UsageError
+from data import AS_BEFORE, ImageData, space_info
 from diffusion import objective_from_config
 
 TINY = ["--model", "DiT-Nano/2", "--vae-path", "none", "--image-size", 8, "--flip", "False", "--num-workers", 0]
@@ -410,3 +414,107 @@ def test_the_map_of_experts_names_classes(flow, tmp_path):
     expert_data.main(expert_data.get_parser().parse_args(args))
     with np.load(tmp_path / "r.npz") as file:
         assert any("class2" in str(file[name]) for name in file.files)
+
+
+# ------------------------------------------------------------------------------------------------- data of resumed runs
+
+
+def rewrite(run: Path, change) -> None:
+    """The newest checkpoint of a run, with another config.json."""
+    folder = checkpoint.newest_good(run)
+    records = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("config", "state")}
+    change(records["config"])
+    tensors = {stem: load_file(folder / f"{stem}.safetensors") for stem in ("model", "ema", "optimizer")}
+    checkpoint.save(folder, tensors, records)
+
+
+def test_a_run_of_before_goes_on_reading_as_it_did(place, tmp_path):
+    """One that did not record how pixels are read ignored transparency and rotation, and must not be bent."""
+    data = str(place / "odd")
+    run = run_train(tmp_path, data, "--rf", steps=1)
+    assert checkpoint.read_config(checkpoint.newest_good(run))["data"]["reading"]["background"] == "white"
+    with pytest.raises(UsageError, match="data fingerprint was"):
+        run_train(tmp_path, data, "--rf", "--resume", run, "--background", "black")
+    before = ImageData(data, 8, space_info("none"), 0, reading=AS_BEFORE)
+
+    def as_once(config: dict) -> None:
+        config["data"] = {"samples": 30, "fingerprint": before.fingerprint(), "class_names": before.class_names}
+
+    rewrite(run, as_once)
+    with pytest.raises(UsageError, match="data fingerprint was"):
+        run_train(tmp_path, data, "--rf", "--resume", run, "--background", "white")
+    for steps in (2, 3):  # and what it then writes is taken for the same
+        run_train(tmp_path, data, "--rf", "--resume", run, steps=steps)
+    assert "transparency and EXIF rotation are ignored, as when this run began" in (run / "log.txt").read_text()
+    assert "reading" not in checkpoint.read_config(checkpoint.newest_good(run))["data"]
+
+
+@pytest.fixture
+def features(tmp_path) -> tuple[Path, Path]:
+    """(features, autoencoder): moments of 8 images of 16 pixels."""
+    autoencoder = tiny_vae(tmp_path / "vae")
+    images = write_images(tmp_path / "images", classes=2, per_class=4, size=16)
+    argv = ["--data-path", images, "--vae-path", autoencoder, "--image-size", 16, "--features-path", tmp_path / "f"]
+    extract_features.main(
+        extract_features.get_parser().parse_args([*argv, "--num-workers", 0, "--device", "cpu", "--precision", "fp32"])
+    )
+    return tmp_path / "f", autoencoder
+
+
+def train_on_features(folder: Path, features: Path, *flags, steps: int = 1) -> Path:
+    argv = ["--model", "DiT-Nano/2", "--rf", "--num-workers", 0, "--global-batch-size", 4, "--device", "cpu"]
+    argv += ["--feature-path", features, "--results-dir", folder / "results", "--max-steps", steps, *flags]
+    train.main(train.get_parser().parse_args(argv))
+    return max((folder / "results").iterdir())
+
+
+def test_runs_on_features_know_their_autoencoder(features, tmp_path):
+    folder, autoencoder = features
+    run = train_on_features(tmp_path, folder)
+    record = checkpoint.read_config(checkpoint.newest_good(run))
+    manifest = json.loads((folder / "manifest.json").read_text())["autoencoder"]
+    assert record["space"] == manifest and record["image_size"] == 16 and len(record["space"]["sha256"]) == 64
+    # Images may be wanted later, and a run of before, whose record named the path alone, goes on too.
+    train_on_features(tmp_path, folder, "--resume", run, "--sample-every", 1, steps=2)
+    assert (run / "samples" / "0000002.png").exists()
+    rewrite(run, lambda config: config.update(space={"path": manifest["path"]}))
+    train_on_features(tmp_path, folder, "--resume", run, "--sample-every", 1, steps=3)
+
+    other = tiny_vae(tmp_path / "other", seed=1)  # the same shapes, other weights
+    with pytest.raises(UsageError, match="were made by the autoencoder .* with sha256 .*; --vae-path .*other has"):
+        train_on_features(tmp_path / "b", folder, "--sample-every", 1, "--vae-path", other)
+    train_on_features(tmp_path / "c", folder, "--sample-every", 1, "--vae-path", autoencoder)
+
+
+def test_another_autoencoder_of_the_same_shape_is_noticed(features, tmp_path, capsys):
+    _, autoencoder = features
+    other = tiny_vae(tmp_path / "other", seed=1)
+    flags = ["--rf", "--image-size", 16, "--global-batch-size", 4]
+    run = run_train(tmp_path, tmp_path / "images", "--vae-path", autoencoder, *flags, steps=1)
+    with pytest.raises(UsageError, match="space sha256 was .*, is "):
+        run_train(tmp_path, tmp_path / "images", "--vae-path", other, *flags, "--resume", run)
+    moved = autoencoder.rename(tmp_path / "moved")
+    run_train(tmp_path, tmp_path / "images", "--vae-path", moved, *flags, "--resume", run, steps=2)
+    capsys.readouterr()
+    draw(tmp_path / "a", "--ckpt", run, "--vae-path", moved)
+    assert "WARNING" not in capsys.readouterr().err
+    draw(tmp_path / "b", "--ckpt", run, "--vae-path", other)
+    assert "has other weights than the autoencoder of the training" in capsys.readouterr().err
+
+
+def test_features_of_one_file_per_image_say_what_applies(tmp_path):
+    latents = np.random.default_rng(0).normal(size=(8, 4, 8, 8)).astype("f")
+    folder = write_files(tmp_path / "f", latents, np.arange(8) % 2)
+    run = train_on_features(tmp_path, folder)
+    assert checkpoint.read_config(checkpoint.newest_good(run))["image_size"] == 64
+    assert "taken for images of 64 pixels" in (run / "log.txt").read_text()
+    with pytest.raises(UsageError, match="images of 64 pixels, not 256"):
+        train_on_features(tmp_path, folder, "--image-size", 256)
+    with pytest.raises(UsageError, match="--background does nothing without --data-path"):
+        train_on_features(tmp_path, folder, "--background", "black")
+
+    def as_once(config: dict) -> None:  # the size was that of the flag, which did not matter
+        config["image_size"] = 256
+
+    rewrite(run, as_once)
+    train_on_features(tmp_path, folder, "--resume", run, steps=2)
