@@ -15,6 +15,7 @@ Published `.pt` files load too, by PyTorch's restricted unpickler with `argparse
 
 import argparse
 import contextlib
+import errno
 import itertools
 import json
 import pickle
@@ -203,7 +204,8 @@ def _save_tensors(path: Path, named: dict[str, Tensor]) -> None:
     try:
         save_file({name: tensor.contiguous() for name, tensor in named.items()}, path)
     except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(f"{path} could not be written: {error}") from None
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from None
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 
 
 class UsageError(ValueError):
@@ -34,6 +35,12 @@ class RunStopped(RuntimeError):
     """
 
     everywhere = False
+
+
+@cache
+def warn_once(line: str) -> None:
+    """Print a warning to stderr, unless this very one has been."""
+    print(f"WARNING: {line}", file=sys.stderr, flush=True)
 
 
 def boolean(text: str) -> bool:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cli import RunStopped, UsageError, send_nowhere
+from cli import RunStopped, UsageError, send_nowhere, warn_once
 from files import replacing
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -223,31 +223,26 @@ def new_run_folder(results_dir: Path, name: str) -> Path:
         raise UsageError(f"--results-dir {results_dir} cannot be written: {error.strerror or error}") from None
 
 
-def claim(folder: Path, held: str):
+def claim(folder: Path, refusal: str):
     """Hold a folder for this process until it ends or closes what this returns.
 
-    Where the disk knows no locks, as some of clusters do, that is said and nothing is held.
-
     Args:
-        held: what to say if another process holds it.
+        refusal: what is said where another process has it.
 
     Raises:
-        UsageError: another process has it, or it cannot be written.
+        UsageError: another process has it, or nothing can be written there.
     """
     try:
         file = open(folder / ".lock", "w")  # noqa: SIM115 (kept open: that is the claim)
     except OSError as error:
-        raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from None
+        raise UsageError(f"{folder} cannot be written: {error.strerror}") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
-            raise UsageError(held) from None
-        print(
-            f"WARNING: {folder} is on a disk without locks ({error.strerror}): nothing keeps a second process out",
-            file=sys.stderr,
-        )
+            raise UsageError(refusal) from None
+        warn_once(f"no locks on the disk of {folder} ({error.strerror}): see to it that no other process writes there")
     return file
 
 

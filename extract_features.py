@@ -33,7 +33,7 @@ import distributed
 import sampling
 from cli import RunStopped, UsageError, natural_int, positive_int
 from data import ImageData, LatentVAE, Reading, UnreadableImages, load_space, space_info, to_unit_range
-from files import UNFINISHED, digest, replace_json, replacing
+from files import UNFINISHED, digest, remedy, replace_json, replacing
 from latents import (
     FORMAT,
     ITEM_AXES,
@@ -313,7 +313,7 @@ def extract(job: Job) -> None:
         except OSError as error:
             raise RunStopped(
                 f"{shard_path(job.folder, shard)} not written ({error}); finished shards are kept: "
-                f"free some space and run the same command again"
+                f"{remedy(error)} and run the same command again"
             ) from None
         except torch.OutOfMemoryError:
             raise RunStopped(

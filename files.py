@@ -1,12 +1,15 @@
 """Files that are whole or absent, and the sums that tell whether they still are what was written. Standard library."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from cli import warn_once
 
 UNFINISHED = ".unfinished-"  # how names begin of what is being written; a kill leaves them behind
 
@@ -23,7 +26,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with open(beside, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _flush(file.fileno())
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
@@ -35,9 +38,23 @@ def flush_to_disk(path: Path) -> None:
     """Wait until a file, or the list of names of a folder, has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _flush(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flush(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what file systems answer that have no such thing
+            raise
+        warn_once(f"this disk does not flush when it is asked to ({error.strerror}); it is left to do so by itself")
+
+
+def remedy(error: OSError) -> str:
+    """What to do when a file could not be written: a full disk is one cause among others."""
+    return "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
 
 
 def write_json(path: Path, record: dict | list) -> None:

@@ -218,22 +218,28 @@ class Run:
     def open(self, step: int) -> None:
         """Make or claim the run folder, and its log. Called when all is checked: wrong input leaves no folder."""
         self.folder = self.processes.on_main(self._claim_folder)
-        if self.processes.is_main:
-            wandb = {"name": self.folder.name, "config": flags(self.args)} if self.args.wandb else None
-            self.log = distributed.Logger(self.folder, wandb, step)
-            write_json(self.folder / "args.json", flags(self.args))
-            checkpoint.sweep(self.folder / "checkpoints")
-            for later in checkpoint.set_aside(self.folder, step):
-                self.log.info(f"this run goes back behind a checkpoint of the one before, which is now {later}")
-            for note in self.notes:
-                self.log.info(note)
+        self.processes.on_main(lambda: self._open_log(step))
 
     def _claim_folder(self) -> Path:
         name = run_name(self.args.model, self.config, self.objective)
         folder = self.folder or distributed.new_run_folder(self.args.results_dir, name)
-        held = f"another process trains in {folder}; wait for it, or drop --resume for a new run"
-        self._claim = distributed.claim(folder, held)
+        busy = f"another process trains in {folder}; wait for it, or drop --resume for a new run"
+        self._claim = distributed.claim(folder, busy)
         return folder
+
+    def _open_log(self, step: int) -> None:
+        wandb = {"name": self.folder.name, "config": flags(self.args)} if self.args.wandb else None
+        try:
+            self.log = distributed.Logger(self.folder, wandb, step)
+            write_json(self.folder / "args.json", flags(self.args))
+            checkpoint.sweep(self.folder / "checkpoints")
+            aside = checkpoint.set_aside(self.folder, step)
+        except OSError as error:
+            raise UsageError(f"{self.folder} cannot be written: {error}") from None
+        for later in aside:
+            self.log.info(f"this run goes back behind a checkpoint of the one before, which is now {later}")
+        for note in self.notes:
+            self.log.info(note)
 
     def close(self) -> None:
         self.log.close()

@@ -28,6 +28,7 @@ from analysis.routing import Recorder, recording
 from cli import RunStopped
 from data import UnreadableImages, make_loader
 from diffusion import NoisedBatch, stratify
+from files import remedy
 from models import DiT, count_parameters
 from moe import Routing, load_balancing_loss, load_statistics, router_entropy
 from optim import lr_factor
@@ -452,7 +453,7 @@ class Saver:
             self.failures += 1
             self.run.log.info(f"WARNING: checkpoint {folder} not written ({error}); the one before it is untouched")
             if self.failures == FAILED_SAVES_IN_A_ROW:
-                self.gave_up = f"could not write {folder}: {error}; free some space and resume"
+                self.gave_up = f"could not write {folder}: {error}; {remedy(error)} and resume"
         else:
             self.failures = 0
             self.run.log.info(f"saved {folder}")
@@ -465,7 +466,7 @@ class Saver:
         """
         self.settle()
         if any(self.run.processes.gather(self.failures)):
-            raise RunStopped(self.gave_up or "the last checkpoint could not be written; free some space and resume")
+            raise RunStopped(self.gave_up or "the last checkpoint could not be written; the log says why")
 
 
 def progress_bar(run: Run, step: int):

@@ -142,7 +142,9 @@ def test_disk_full_in_the_middle(images):
     child.limit_file_size(1_500_000)
     assert child.wait() == 1
     output = (images.parent / "output.txt").read_text()
-    assert re.search(r"^train.py: stopped: could not write .*free some space and resume$", output, re.MULTILINE), output
+    assert re.search(
+        r"^train.py: stopped: could not write .*File too large.*; mend that and resume$", output, re.MULTILINE
+    ), output
     assert log.read_text().count("WARNING: checkpoint") >= 4
     assert not list((run / "checkpoints").glob(".*"))
     step = read_json(checkpoint.newest_good(run), "state")["step"]

@@ -1,5 +1,8 @@
 """Training compared with itself: accumulated, distributed, resumed, in other precisions; and what a run leaves."""
 
+import errno
+import fcntl
+import itertools
 import json
 import math
 import os
@@ -19,6 +22,7 @@ from torch.torch_version import TorchVersion
 
 import checkpoint
 import cli
+import distributed
 import runs
 import sampling
 import train
@@ -378,7 +382,7 @@ def test_going_back_sets_later_checkpoints_aside(images):
 
 def test_a_run_folder_belongs_to_one_process(images):
     run = run_train(images, steps=1)
-    code = f"import distributed, time; claim = distributed.claim(__import__('pathlib').Path({str(run)!r}), ''); "
+    code = f"import distributed, time; claim = distributed.claim(__import__('pathlib').Path({str(run)!r}), 'no'); "
     code += "print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
@@ -390,6 +394,40 @@ def test_a_run_folder_belongs_to_one_process(images):
         holder.wait()
     run_train(images, "--resume", run, steps=2)
     assert metrics(run)[-1]["step"] == 2
+
+
+def test_disks_that_know_neither_locks_nor_flushing(images, monkeypatch, capsys):
+    """As some of clusters: said once, and training goes on. A lock that is denied is another process's."""
+
+    def answering(*numbers):
+        answers = itertools.chain(numbers, itertools.repeat(numbers[-1]))
+
+        def answer(*arguments):
+            raise OSError(number := next(answers), os.strerror(number))
+
+        return answer
+
+    cli.warn_once.cache_clear()
+    monkeypatch.setattr(fcntl, "lockf", answering(errno.ENOLCK))
+    monkeypatch.setattr(os, "fsync", answering(errno.EINVAL))
+    run = run_train(images, "--ckpt-every", 1, steps=2)
+    assert len(checkpoint.checkpoints_of(run)) == 2
+    assert [line.partition(":")[2][:9] for line in capsys.readouterr().err.splitlines()] == [" no locks", " this dis"]
+    for number in (errno.ENOSYS, errno.EOPNOTSUPP):
+        monkeypatch.setattr(fcntl, "lockf", answering(number))
+        distributed.claim(run, "held").close()
+    for number in (errno.EACCES, errno.EAGAIN):
+        monkeypatch.setattr(fcntl, "lockf", answering(number))
+        with pytest.raises(cli.UsageError, match="held"):
+            distributed.claim(run, "held")
+
+
+@pytest.mark.parametrize("name", [".lock", "args.json"])
+def test_a_run_folder_that_cannot_be_written_is_one_line(images, capsys, name):
+    run = run_train(images, steps=1)
+    (run / name).unlink()
+    (run / name).mkdir()
+    assert f"{run} cannot be written: " in refused(images, capsys, "--resume", run)
 
 
 def test_resume_auto_looks_at_the_newest_run_alone(images, capsys):
@@ -631,17 +669,20 @@ def test_unreadable_images_of_any_process_are_named_and_counted(tmp_path):
     assert re.search(r"stopped: .* cannot be read, among them .*\.png", log.read_text())
 
 
-def test_full_disk_costs_a_warning_and_then_the_run(images, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "advice"), [(errno.ENOSPC, "free some space and resume"), (errno.EIO, "mend that and resume")]
+)
+def test_a_bad_disk_costs_a_warning_and_then_the_run(images, monkeypatch, number, advice):
     save, calls = checkpoint.save, []
 
     def full_from_the_second(*arguments):
         calls.append(1)
         if len(calls) > 1:
-            raise OSError(28, "No space left on device")
+            raise OSError(number, os.strerror(number))
         save(*arguments)
 
     monkeypatch.setattr(checkpoint, "save", full_from_the_second)
-    with pytest.raises(cli.RunStopped, match=r"could not write .*0000004.*No space left"):
+    with pytest.raises(cli.RunStopped, match=rf"could not write .*0000004.*{os.strerror(number)}; {advice}"):
         run_train(images, "--ckpt-every", "1", steps=9)
     run = next((images.parent / "results").iterdir())
     assert (run / "log.txt").read_text().count("WARNING: checkpoint") == 3
