@@ -1,9 +1,18 @@
 """What the tests share: golden data, tiny models and data sets, and a way to run the scripts as a user does."""
 
+import atexit
 import json
 import os
+import runpy
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy threads on a loaded machine can be 20 times slower than one
@@ -52,17 +61,92 @@ def images(tmp_path) -> Path:
 
 
 def script(*arguments, cwd: Path = ROOT, processes: int = 1, check: int | None = 0, env: dict | None = None):
-    """Run a script in a process of its own (or several, under torchrun) and return the completed process.
+    """Run a script as `__main__`, in a process of its own or in several of one group, and return how that ended.
 
-    `check` is the exit code it must end with; None: any.
+    The processes are forked from this one, which has imported everything: they start in no time, and what a test has
+    patched in a shared module holds in them. Where a launcher, or a really new process, is what is tested: `launched`.
+
+    `check` is the exit code it must end with; None: any. Several processes end with 1 if one of them fails.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [[Path(folder) / f"{rank}.{name}" for name in ("out", "err")] for rank in range(processes)]
+        group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+        children = {}
+        for rank, files in enumerate(outputs):
+            place = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            children[_fork(arguments, cwd, place | (env or {}), files)] = rank
+        codes = _wait_for(children)
+        out, err = (
+            "".join(files[stream].read_text(errors="backslashreplace") for files in outputs) for stream in (0, 1)
+        )
+    code = codes[0] if processes == 1 else int(any(codes.values()))
+    if check is not None:
+        assert code == check, f"exit code {code}\n{out}\n{err}"
+    return subprocess.CompletedProcess(arguments, code, out, err)
+
+
+def _fork(arguments, cwd: Path, env: dict, outputs: list[Path]) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        atexit._clear()  # of this process's functions
+        for number, path in enumerate(outputs, start=1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+        sys.stderr.reconfigure(errors="backslashreplace")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        warnings.resetwarnings()
+        os.environ.update(env)
+        os.chdir(cwd)
+        sys.argv = list(map(str, arguments))
+        runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _wait_for(children: dict[int, int], seconds: float = 600) -> dict[int, int]:
+    """The exit code of each rank; when one has failed, the others are asked to end, as launchers do."""
+    codes, deadline = {}, time.monotonic() + seconds
+    while len(codes) < len(children):
+        running = [pid for pid, rank in children.items() if rank not in codes]
+        ended = [(pid, status) for pid, status in (os.waitpid(pid, os.WNOHANG) for pid in running) if pid]
+        codes |= {children[pid]: os.waitstatus_to_exitcode(status) for pid, status in ended}
+        for pid in set(running) - {pid for pid, _ in ended}:
+            if time.monotonic() > deadline:
+                os.killpg(pid, signal.SIGKILL)
+            elif any(codes[children[other]] for other, _ in ended):
+                os.kill(pid, signal.SIGTERM)
+        time.sleep(0.005)
+    return codes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def launched(*arguments, processes: int = 1, check: int | None = 0) -> subprocess.CompletedProcess:
+    """`script` as a user starts it: a new Python, or torchrun."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
         launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     command = [*launcher, str(ROOT / arguments[0]), *map(str, arguments[1:])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env=environment)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     if check is not None:
         assert result.returncode == check, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result

@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, launched
 
 import runs
 from cli import Parser, boolean, run
@@ -136,14 +136,14 @@ def test_wrong_training_flags_get_one_line(images, flags, message, capsys, monke
 
 
 def test_wrong_input_ends_the_process_with_code_2(images, tmp_path):
-    check_refused(script("train.py", *GOOD, "--data-path", tmp_path / "no", check=None), "no")
-    check_refused(script("sample.py", "--ckpt", tmp_path / "no.pt", check=None), "no.pt does not exist")
-    check_refused(script("sample.py", check=None), "--ckpt")
+    check_refused(launched("train.py", *GOOD, "--data-path", tmp_path / "no", check=None), "no")
+    check_refused(launched("sample.py", "--ckpt", tmp_path / "no.pt", check=None), "no.pt does not exist")
+    check_refused(launched("sample.py", check=None), "--ckpt")
 
 
 @pytest.mark.slow
 def test_wrong_input_is_said_once_by_many_processes(images, tmp_path):
-    result = script("train.py", *GOOD, "--data-path", images, "--accum_iter", 3, processes=2, check=None)
+    result = launched("train.py", *GOOD, "--data-path", images, "--accum_iter", 3, processes=2, check=None)
     assert result.returncode != 0 and result.stderr.count("train.py: error:") == 1
 
 
