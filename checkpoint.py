@@ -127,16 +127,25 @@ def save(folder: Path, tensors: dict[str, dict[str, Tensor]], records: dict[str,
     try:
         commit(beside, folder, tensors, records)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        discard(folder)
         raise
 
 
 def begin(folder: Path) -> Path:
     """An empty folder beside `folder`, for what is to be committed there."""
-    beside = folder.with_name(f"{UNFINISHED}{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)
+    discard(folder)
+    beside = _beside(folder)
     beside.mkdir(parents=True)
     return beside
+
+
+def discard(folder: Path) -> None:
+    """Remove what was begun for `folder` and not committed, if there is any."""
+    shutil.rmtree(_beside(folder), ignore_errors=True)
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(f"{UNFINISHED}{folder.name}")
 
 
 def commit(beside: Path, folder: Path, tensors: dict[str, dict[str, Tensor]], records: dict[str, dict]) -> None:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cli import RunStopped, UsageError, send_nowhere, warn_once
-from files import replacing
+from files import dispensable, replacing
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
@@ -80,7 +80,7 @@ class Processes:
                 change(timedelta(seconds=seconds), group)
 
     def on_main(self, function: Callable):
-        """What `function()` gives on rank 0, on every process; what it says to the user is raised on every process."""
+        """What `function()` gives on rank 0, on every process; what it raises of `EXPECTED`, every process raises."""
         value = error = None
         if self.is_main:
             value, error = _outcome(function)
@@ -88,19 +88,22 @@ class Processes:
         return _value_or_raise(value, error)
 
     def together(self, function: Callable):
-        """`function()` on every process, which must not wait for another one; if one has to say something, all do."""
+        """`function()` on every process, which must not wait for another one; what one raises of `EXPECTED`, all do."""
         value, error = _outcome(function)
         return _value_or_raise(value, next((e for e in self.gather(error) if e is not None), None))
 
 
-def _outcome(function: Callable) -> tuple[object, UsageError | RunStopped | None]:
+EXPECTED = (UsageError, RunStopped, OSError)  # errors that are no defects of ours
+
+
+def _outcome(function: Callable) -> tuple[object, Exception | None]:
     try:
         return function(), None
-    except (UsageError, RunStopped) as error:
+    except EXPECTED as error:
         return None, error
 
 
-def _value_or_raise(value, error: UsageError | RunStopped | None):
+def _value_or_raise(value, error: Exception | None):
     if error is None:
         return value
     error.everywhere = True
@@ -311,25 +314,28 @@ class Logger:
         try:
             tqdm.write(line)
             sys.stdout.flush()
-        except BrokenPipeError:
+        except OSError:  # nobody reads it any more, or it goes to a disk that is full
             send_nowhere(sys.stdout)
-        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        self._text.flush()
+        with dispensable(self.folder / "log.txt"):
+            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            self._text.flush()
 
     def metrics(self, step: int, values: dict) -> None:
         """Numbers and per-layer lists of numbers of one step."""
         if self.folder is None:
             return
-        self._metrics.write(json.dumps({"step": step} | values) + "\n")
-        self._metrics.flush()
+        with dispensable(self.folder / "metrics.jsonl"):
+            self._metrics.write(json.dumps({"step": step} | values) + "\n")
+            self._metrics.flush()
         flat = {}
         for name, value in values.items():
             if isinstance(value, list):
                 flat |= {f"{name}/layer{i:02d}": number for i, number in enumerate(value)}
             else:
                 flat[name] = value
-        for name, number in flat.items():
-            self._board.add_scalar(name if "/" in name else f"train/{name}", number, step)
+        with dispensable(self.folder / "tensorboard"):
+            for name, number in flat.items():
+                self._board.add_scalar(name if "/" in name else f"train/{name}", number, step)
         if self._wandb is not None:
             self._wandb.log(flat, step=step)
 
@@ -337,7 +343,8 @@ class Logger:
         """`pixels` (H, W, 3) uint8."""
         if self.folder is None:
             return
-        self._board.add_image(name, pixels, step, dataformats="HWC")
+        with dispensable(self.folder / "tensorboard"):
+            self._board.add_image(name, pixels, step, dataformats="HWC")
         if self._wandb is not None:
             import wandb
 
@@ -346,9 +353,9 @@ class Logger:
     def close(self) -> None:
         if self.folder is None:
             return
-        self._text.close()
-        self._metrics.close()
-        self._board.close()
+        for file, name in ((self._text, "log.txt"), (self._metrics, "metrics.jsonl"), (self._board, "tensorboard")):
+            with dispensable(self.folder / name):
+                file.close()
         if self._wandb is not None:
             self._wandb.finish()
 

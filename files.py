@@ -52,6 +52,15 @@ def _flush(descriptor: int) -> None:
         warn_once(f"this disk does not flush when it is asked to ({error.strerror}); it is left to do so by itself")
 
 
+@contextlib.contextmanager
+def dispensable(path: Path) -> Iterator[None]:
+    """Around writing what a run can do without: where that fails, it is said once and what follows goes on."""
+    try:
+        yield
+    except OSError as error:
+        warn_once(f"{path} cannot be written ({error.strerror or error}); the run goes on without")
+
+
 def remedy(error: OSError) -> str:
     """What to do when a file could not be written: a full disk is one cause among others."""
     return "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"

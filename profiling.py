@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from files import dispensable
+
 SKIPPED, WARMUP = 3, 2  # steps before those that are recorded: compilation, caches, the profiler's own start
 BEFORE = SKIPPED + WARMUP
 TABLE_ROWS = 25
@@ -38,9 +40,10 @@ class StepProfiler:
         return self.written
 
     def _write(self, profiler: profile) -> None:
-        self.folder.mkdir(exist_ok=True)
-        profiler.export_chrome_trace(str(self.folder / "trace.json"))
         by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=by, row_limit=TABLE_ROWS, max_name_column_width=80)
-        (self.folder / "kernels.txt").write_text(table + "\n", encoding="utf-8")
+        with dispensable(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(self.folder / "trace.json"))
+            (self.folder / "kernels.txt").write_text(table + "\n", encoding="utf-8")
         self.written = True

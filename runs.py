@@ -344,7 +344,7 @@ def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distri
     total_steps = min(args.max_steps or steps, steps)
     if args.profile and total_steps < args.profile + profiling.BEFORE:
         raise UsageError(f"--profile {args.profile} needs a run of at least {args.profile + profiling.BEFORE} steps")
-    if args.warmup_steps and args.warmup_steps >= total_steps:
+    if args.warmup_steps > total_steps:
         raise UsageError(f"--warmup-steps {args.warmup_steps}: the run has only {total_steps} steps")
     record = {
         "format": checkpoint.FORMAT,

@@ -7,6 +7,7 @@ torchrun --nnodes=4 ... train.py --model DiT-G/2 --num_experts 16 --data-paralle
 """
 
 import contextlib
+import errno
 import math
 import os
 import warnings
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -276,14 +278,17 @@ class FSDPEngine(DDPEngine):
 
     def snapshot(self, folder: Path, config: dict, state: dict) -> Callable[[], None]:
         """The state as a distributed checkpoint, beside it the averaged weights, gathered for `sample.py`."""
-        tensors = self.state()
+        beside, tensors = self.processes.on_main(lambda: checkpoint.begin(folder)), self.state()
         records = {"config": config, "state": state | {"scaler": self.scaler.state_dict()}}
         averaged = {name: self._gathered(value) for name, value in tensors["ema"].items()}
-        beside = self.processes.from_main(checkpoint.begin(folder) if self.processes.is_main else None)
         writing = dcp.async_save(tensors, checkpoint_id=beside / SHARDED, process_group=self.cpu_group)
 
         def write() -> None:
-            writing.result()  # rank 0's ends when all have written
+            try:
+                writing.result()  # rank 0's ends when all have written
+            except CheckpointException as failure:  # of any process, on all
+                error = next(error for error, _ in failure.failures.values())
+                raise error if isinstance(error, OSError) else OSError(errno.EIO, str(error)) from None
             if self.processes.is_main:
                 checkpoint.commit(beside, folder, {"ema": averaged}, records)
 

@@ -432,9 +432,15 @@ class ZeroEngine:
         torch.save(state_dict, copy)
         self.held.append((Path(path), copy))
 
+    def _begin(self, folder: Path) -> Path:
+        """`checkpoint.begin`, with the folders that each process would make for itself, or fail to."""
+        beside = checkpoint.begin(folder)
+        (beside / STATE / STATE).mkdir(parents=True)
+        return beside
+
     def snapshot(self, folder: Path, config: dict, state: dict) -> Callable[[], None]:
         """DeepSpeed's own state, private to the run, and beside it weights and EMA, whole, for `sample.py`."""
-        beside = self.processes.from_main(checkpoint.begin(folder) if self.processes.is_main else None)
+        beside = self.processes.on_main(lambda: self._begin(folder))
         self.engine.save_checkpoint(str(beside / STATE), tag=STATE, save_latest=False)
         files, self.held = self.held, []
         tensors = {"model": self._gather(self.masters), "ema": self._gather(self.ema)}
@@ -446,11 +452,11 @@ class ZeroEngine:
                 for path, copy in files:
                     path.write_bytes(copy.getbuffer())
             except OSError as reason:
-                error = f"{reason}"
+                error = reason
             errors = [None] * self.world_size
             dist.all_gather_object(errors, error, group=self.cpu_group)  # all have written, or one could not
             if reasons := [reason for reason in errors if reason]:
-                raise OSError(reasons[0])
+                raise reasons[0]
             if self.processes.is_main:
                 checkpoint.commit(beside, folder, tensors, records)
 

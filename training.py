@@ -28,7 +28,7 @@ from analysis.routing import Recorder, recording
 from cli import RunStopped
 from data import UnreadableImages, make_loader
 from diffusion import NoisedBatch, stratify
-from files import remedy
+from files import dispensable, remedy
 from models import DiT, count_parameters
 from moe import Routing, load_balancing_loss, load_statistics, router_entropy
 from optim import lr_factor
@@ -67,7 +67,11 @@ class Engine(Protocol):
         """The model with the weights of the EMA, in the engine's precision."""
 
     def snapshot(self, folder: Path, config: dict, state: dict) -> Callable[[], None]:
-        """Copy the state; called by all processes. Returns what writes it (it may raise OSError), on any thread."""
+        """Copy the state; called by all processes. Returns what writes it, on any thread.
+
+        Raises:
+            OSError: on all processes; what is returned may raise it too, on those that write.
+        """
 
     def load(self, folder: Path) -> None:
         """Take model, EMA and optimizer from a verified checkpoint."""
@@ -372,9 +376,10 @@ def draw_grid(run: Run, engine: Engine, step: int) -> None:
         network = recording(model, run.objective, labels, settings)
         images = np.concatenate(list(sampling.generate(network, run.objective, run.space, labels, settings)))
     if run.processes.is_main:
-        grid = sampling.image_grid(images, columns=8)
-        (run.folder / "samples").mkdir(exist_ok=True)
-        sampling.save_png(run.folder / "samples" / f"{step:07d}.png", grid)
+        grid, folder = sampling.image_grid(images, columns=8), run.folder / "samples"
+        with dispensable(folder):
+            folder.mkdir(exist_ok=True)
+            sampling.save_png(folder / f"{step:07d}.png", grid)
         run.log.image(step, "samples", grid)
         if isinstance(network, Recorder):
             draw_routing(run, step, network)
@@ -434,13 +439,23 @@ class Saver:
         self.settle()
         folder = self.run.folder / "checkpoints" / f"{progress.step:07d}"
         state = progress.state() | {"flags": flags(self.run.args), "total_steps": self.run.total_steps}
-        write = self.engine.snapshot(folder, self.run.record | {"step": progress.step}, state)
-        self.pending = folder, self.thread.submit(self._write, write, folder)
+        try:
+            write = self.engine.snapshot(folder, self.run.record | {"step": progress.step}, state)
+        except OSError as error:
+            self._note_failure(folder, error)
+        else:
+            self.pending = folder, self.thread.submit(self._write, write, folder)
 
     def _write(self, write: Callable[[], None], folder: Path) -> None:
-        write()
-        if self.run.processes.is_main and self.run.args.keep_last:
-            checkpoint.prune(folder.parent, self.run.args.keep_last, self.run.args.keep_every)
+        is_main, args = self.run.processes.is_main, self.run.args
+        try:
+            write()
+        except OSError:
+            if is_main:
+                checkpoint.discard(folder)  # a full disk has no room for half a checkpoint
+            raise
+        if is_main and args.keep_last:
+            checkpoint.prune(folder.parent, args.keep_last, args.keep_every)
 
     def settle(self, wait: bool = True) -> None:
         """Note how the write in progress ended, if it has (or when it will)."""
@@ -450,13 +465,16 @@ class Saver:
         try:
             future.result()
         except OSError as error:
-            self.failures += 1
-            self.run.log.info(f"WARNING: checkpoint {folder} not written ({error}); the one before it is untouched")
-            if self.failures == FAILED_SAVES_IN_A_ROW:
-                self.gave_up = f"could not write {folder}: {error}; {remedy(error)} and resume"
+            self._note_failure(folder, error)
         else:
             self.failures = 0
             self.run.log.info(f"saved {folder}")
+
+    def _note_failure(self, folder: Path, error: OSError) -> None:
+        self.failures += 1
+        self.run.log.info(f"WARNING: checkpoint {folder} not written ({error}); the one before it is untouched")
+        if self.failures == FAILED_SAVES_IN_A_ROW:
+            self.gave_up = f"could not write {folder}: {error}; {remedy(error)} and resume"
 
     def finish(self) -> None:
         """Wait for the last checkpoint, on all processes.

@@ -370,7 +370,7 @@ def test_other_channels_and_patches_begin_anew_behind_a_flag(place, tmp_path):
         (["--sample-cfg-scale", 2], "--sample-cfg-scale does nothing without --sample-every"),
         (["--allow-changes"], "--allow-changes does nothing without --resume"),
         (["--fresh-parts"], "--fresh-parts does nothing without --init-from"),
-        (["--warmup-steps", 2], "--warmup-steps 2: the run has only 2 steps"),
+        (["--warmup-steps", 3], "--warmup-steps 3: the run has only 2 steps"),
     ],
 )
 def test_flags_that_would_do_nothing_are_refused(place, tmp_path, flags, message):
