@@ -22,7 +22,7 @@ import pickle
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -148,8 +148,24 @@ def _beside(folder: Path) -> Path:
     return folder.with_name(f"{UNFINISHED}{folder.name}")
 
 
-def commit(beside: Path, folder: Path, tensors: dict[str, dict[str, Tensor]], records: dict[str, dict]) -> None:
-    """Write the rest into `beside`, flush all of it to disk and give it its name."""
+def commit(
+    beside: Path,
+    folder: Path,
+    tensors: dict[str, dict[str, Tensor]],
+    records: dict[str, dict],
+    parts: Iterable[str] = (),
+) -> None:
+    """Write the rest into `beside`, flush all of it to disk and give it its name.
+
+    Args:
+        parts: what other processes have written there.
+
+    Raises:
+        OSError: also where one of those is not to be seen.
+    """
+    if missing := [part for part in sorted(parts) if not (beside / part).is_file()]:
+        reason = "another process wrote it, and it is not here: do all machines share this disk?"
+        raise FileNotFoundError(errno.ENOENT, reason, str(beside / missing[0]))
     for stem, named in tensors.items():
         _save_tensors(beside / f"{stem}.safetensors", named)
     for stem, record in records.items():

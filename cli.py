@@ -40,7 +40,8 @@ class RunStopped(RuntimeError):
 @cache
 def warn_once(line: str) -> None:
     """Print a warning to stderr, unless this very one has been."""
-    print(f"WARNING: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # it may go to the very disk that is full
+        print(f"WARNING: {line}", file=sys.stderr, flush=True)
 
 
 def boolean(text: str) -> bool:

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import socket
 import sys
 import time
 import uuid
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cli import RunStopped, UsageError, send_nowhere, warn_once
-from files import dispensable, replacing
+from files import digest_of, dispensable, replacing
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
@@ -91,6 +92,62 @@ class Processes:
         """`function()` on every process, which must not wait for another one; what one raises of `EXPECTED`, all do."""
         value, error = _outcome(function)
         return _value_or_raise(value, next((e for e in self.gather(error) if e is not None), None))
+
+    def agree(self, facts: dict) -> None:
+        """See that `facts`, which JSON can hold, are the same on every process.
+
+        Raises:
+            UsageError: on all of them; it names the first difference and whose it is.
+        """
+        digests = self.gather(digest_of(facts))
+        if len(set(digests)) == 1:
+            return
+        other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+        # From those two alone: there may be thousands.
+        mine = (socket.gethostname(), facts) if self.rank in (0, other) else None
+        known = self.gather(mine)
+        (host, ours), (other_host, theirs) = known[0], known[other]
+        name = next(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+        theirs, ours = (str(facts.get(name))[:200] for facts in (theirs, ours))  # lists of names can be long
+        error = UsageError(
+            f"process {other} on {other_host} has {name} {theirs}, process 0 on {host} has {ours}; "
+            "all must be started with the same flags, data and packages"
+        )
+        error.everywhere = True
+        raise error
+
+    def share_folder(self, folder: Path) -> None:
+        """See that what rank 0 writes into a folder stands there for every process.
+
+        Raises:
+            UsageError: on all of them; it names the machines that have a folder of their own there.
+        """
+        probe = folder / f".probe-{uuid.uuid4().hex}"
+        probe = Path(self.on_main(lambda: probe.touch() or str(probe)))
+        blind = {host for host in self.gather(None if _appears(probe) else socket.gethostname()) if host}
+        here = self.from_main(socket.gethostname())
+        self.on_main(lambda: probe.unlink(missing_ok=True))
+        if blind:
+            error = UsageError(
+                f"{folder} is not the same folder on all machines: {', '.join(sorted(blind))} cannot see what {here} "
+                "writes there; give a --results-dir on a disk that all share"
+            )
+            error.everywhere = True
+            raise error
+
+
+SEEN_WITHIN = 90  # seconds for which a network disk may show the list of names of before
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + SEEN_WITHIN
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # makes network disks look again
+    return True
 
 
 EXPECTED = (UsageError, RunStopped, OSError)  # errors that are no defects of ours

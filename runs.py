@@ -4,7 +4,9 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -23,7 +25,7 @@ import sampling
 from classes import Classes
 from cli import Need, Parser, UsageError, boolean, check_needs, natural_int, number_in, positive_int, values
 from data import AS_BEFORE, BatchSchedule, ImageData, Reading, load_space, require_folder, space_info
-from files import write_json
+from files import digest, write_json
 from latents import LatentShards, open_features
 from models import CHECKPOINTING, UNSEEN, DiT, DiT_models, DiTConfig, build_config, check_attention, row_name
 from objectives import add_objective_arguments, choose_objective, spell_out
@@ -191,6 +193,9 @@ RUN_CONTROL = {
     *("metrics_every", "metrics_samples", "metrics_ref", "metrics_weights"),
 }
 
+# Flags that may differ among the processes: each machine may have its own copy of the data.
+OF_A_MACHINE = {"data_path", "feature_path", "vae_path", "num_workers", "local_rank", "results_dir"}
+
 # ------------------------------------------------------------------------------------------------------------------ run
 
 
@@ -215,9 +220,15 @@ class Run:
     folder: Path | None = None  # of a run that is resumed; else `open` makes it
     log: distributed.Logger = field(default_factory=lambda: distributed.Logger(None))
 
-    def open(self, step: int) -> None:
-        """Make or claim the run folder, and its log. Called when all is checked: wrong input leaves no folder."""
+    def open(self, step: int, shared: bool) -> None:
+        """Make or claim the run folder, and its log. Called when all is checked: wrong input leaves no folder.
+
+        Args:
+            shared: all processes will write there.
+        """
         self.folder = self.processes.on_main(self._claim_folder)
+        if shared:
+            self.processes.share_folder(self.folder)
         self.processes.on_main(lambda: self._open_log(step))
 
     def _claim_folder(self) -> Path:
@@ -253,9 +264,14 @@ def prepare(args, processes: distributed.Processes) -> Run:
     Raises:
         UsageError: flags, data or checkpoint are wrong.
     """
+    processes.agree(
+        {f"--{name.replace('_', '-')}": value for name, value in flags(args).items() if name not in OF_A_MACHINE}
+        | {f"the version of {name}": version for name, version in versions().items()}
+    )
     choices = processes.together(lambda: _choose(args, processes))
     resumed = processes.on_main(lambda: find_resume(choices))
     run = processes.together(lambda: _look_at_data(choices, resumed, processes))
+    processes.agree(_facts(run, resumed))
     if resumed is not None:
         run.resume_from, run.folder = resumed.checkpoint, resumed.run
         processes.on_main(lambda: compare_with_checkpoint(run, resumed))
@@ -270,6 +286,26 @@ def prepare(args, processes: distributed.Processes) -> Run:
             processes,
         )
     return run
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that the numbers of a run may depend on."""
+    found = {}
+    for name in ("torch", "torchvision", "deepspeed", "diffusers", "numpy", "pillow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _facts(run: Run, resumed: "Resumed | None") -> dict:
+    """What has to be the same on every process, besides flags."""
+    space = {name: value for name, value in run.record["space"].items() if name != "path"}
+    parts = {name: run.record[name] for name in ("data", "model", "objective")} | {"space": space}
+    facts = {f"{part} {name}": value for part, record in parts.items() for name, value in record.items()}
+    if resumed is not None:
+        manifest = resumed.checkpoint / "manifest.json"
+        facts[f"in {manifest} the SHA-256"] = digest(manifest)["sha256"] if manifest.is_file() else "(no such file)"
+    return facts
 
 
 @dataclass

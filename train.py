@@ -80,6 +80,7 @@ class DDPEngine:
     """Whole model, EMA and optimizer on every process; gradients are averaged in the last backward of a step."""
 
     blocks_are_whole = True  # nothing within a block escapes compilation
+    all_write = False
 
     def __init__(self, run: runs.Run):
         args = run.args
@@ -216,7 +217,8 @@ class DDPEngine:
         else:
             for part, named in state.items():
                 fill(named, checkpoint.read_tensors(folder, part))
-        self.scaler.load_state_dict(record["scaler"])
+        if record["scaler"]:  # empty where the run was in another precision
+            self.scaler.load_state_dict(record["scaler"])
 
 
 class FSDPEngine(DDPEngine):
@@ -230,6 +232,7 @@ class FSDPEngine(DDPEngine):
     """
 
     blocks_are_whole = False  # routers and experts that are sharded apart, tokens that travel
+    all_write = True
 
     def _place(self) -> nn.Module:
         # It warns of views that something might change in place; nothing here does.
@@ -290,7 +293,9 @@ class FSDPEngine(DDPEngine):
                 error = next(error for error, _ in failure.failures.values())
                 raise error if isinstance(error, OSError) else OSError(errno.EIO, str(error)) from None
             if self.processes.is_main:
-                checkpoint.commit(beside, folder, {"ema": averaged}, records)
+                parts = dcp.FileSystemReader(beside / SHARDED).read_metadata().storage_data.values()
+                parts = {f"{SHARDED}/{part.relative_path}" for part in parts}
+                checkpoint.commit(beside, folder, {"ema": averaged}, records, parts)
 
         return write
 

@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +33,7 @@ from optim import parameter_groups
 
 STATE = "deepspeed"  # folder of a checkpoint that holds DeepSpeed's own state, and the tag within it
 BETAS, EPS = (0.9, 0.999), 1e-8
+CONVERSION = 86_400  # seconds that the others wait while rank 0 converts a state: longer than for any step
 
 
 def get_parser() -> cli.Parser:
@@ -62,6 +62,7 @@ def main(args) -> None:
         set_global_batch_size(args, processes.world_size)
         run = runs.prepare(args, processes)
         config = processes.together(lambda: complete_config(file, run))
+        processes.agree({f"in {args.deepspeed_config} {entry}": value for entry, value in entries(config)})
         with distributed.noticing_lost_processes():
             training.train(run, ZeroEngine(run, config))
     finally:
@@ -115,7 +116,7 @@ def set_global_batch_size(args, world_size: int) -> None:
     per_process = vars(args).pop("train_batch_size")  # one of the two names is enough in a checkpoint's flags
     if per_process is None:
         return
-    if args.global_batch_size not in (get_parser().get_default("global_batch_size"), per_process * world_size):
+    if "global_batch_size" in args.given and args.global_batch_size != per_process * world_size:
         raise UsageError(
             f"--train_batch_size {per_process} on each of {world_size} processes is a batch of "
             f"{per_process * world_size}, --global-batch-size says {args.global_batch_size}; give one of them"
@@ -243,6 +244,8 @@ class ZeroEngine:
     Under bf16 and fp16 the module holds rounded copies of the fp32 weights, the routers' too (their arithmetic stays
     fp32), and autocast decides what each operation runs in, as in train.py.
     """
+
+    all_write = True
 
     def __init__(self, run: runs.Run, config: dict):
         args = run.args
@@ -453,19 +456,24 @@ class ZeroEngine:
                     path.write_bytes(copy.getbuffer())
             except OSError as reason:
                 error = reason
-            errors = [None] * self.world_size
-            dist.all_gather_object(errors, error, group=self.cpu_group)  # all have written, or one could not
-            if reasons := [reason for reason in errors if reason]:
+            ends = [None] * self.world_size
+            mine = error, [path.relative_to(beside).as_posix() for path, _ in files]
+            dist.all_gather_object(ends, mine, group=self.cpu_group)  # all have written, or one could not
+            if reasons := [reason for reason, _ in ends if reason]:
                 raise reasons[0]
             if self.processes.is_main:
-                checkpoint.commit(beside, folder, tensors, records)
+                checkpoint.commit(beside, folder, tensors, records, [part for _, parts in ends for part in parts])
 
         return write
 
     def load(self, folder: Path) -> None:
         """DeepSpeed's state holds pickles: resume from checkpoints of your own only."""
         universal = self.engine.load_universal_checkpoint()
-        source = self._reshard(folder) if universal else folder
+        source = folder
+        if universal:
+            self.processes.set_timeout(CONVERSION)
+            source = self.processes.on_main(lambda: self._reshard(folder))
+            self.processes.set_timeout(self.args.start_timeout)
         decay = [group["weight_decay"] for group in self.zero.param_groups]
         self.engine.load_checkpoint(str(source / STATE), tag=STATE, load_lr_scheduler_states=False)
         # From a universal checkpoint ZeRO-3 gives all groups the decay of the first, and one step counter that each
@@ -483,21 +491,17 @@ class ZeroEngine:
         self._fill(self.ema, checkpoint.read_tensors(folder, "ema"))
 
     def _reshard(self, folder: Path) -> Path:
-        """Rank 0 writes the state as DeepSpeed's universal checkpoint, which any number of processes can read."""
+        """Write the state as DeepSpeed's universal checkpoint, which any number of processes can read."""
         target = folder.with_name(f"{UNFINISHED}{folder.name}-universal")
-        if self.processes.is_main:
-            print(f"{folder} is of another number of processes: converting DeepSpeed's state")
+        print(f"{folder} is of another number of processes: converting DeepSpeed's state")
+        shutil.rmtree(target, ignore_errors=True)
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        command += ["--num_extract_workers=1", "--num_merge_workers=1"]
+        command += [f"--input_folder={folder / STATE / STATE}", f"--output_folder={target / STATE / STATE}"]
+        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+        if result.returncode:
             shutil.rmtree(target, ignore_errors=True)
-        self.processes.gather(None)
-        if self.processes.is_main:
-            command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-            command += ["--num_extract_workers=1", "--num_merge_workers=1"]
-            command += [f"--input_folder={folder / STATE / STATE}", f"--output_folder={target / STATE / STATE}"]
-            result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
-            if result.returncode:
-                raise cli.RunStopped(f"could not convert {folder}: {' '.join(result.stderr.splitlines()[-1:])}")
-        while not (target / STATE / "latest_universal").exists():  # may take longer than a collective may wait
-            time.sleep(0.2)
+            raise cli.RunStopped(f"could not convert {folder}: {' '.join(result.stderr.splitlines()[-1:])}")
         return target
 
 

@@ -51,6 +51,8 @@ class Update(NamedTuple):
 class Engine(Protocol):
     """Where parameters live and how gradients meet; the loop knows no more of a trainer than this."""
 
+    all_write: bool  # each process has a part of a checkpoint to write, not rank 0 alone
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, list[Routing]]:
         """`DiT.forward(..., return_routing=True)` in the engine's precision."""
 
@@ -192,7 +194,7 @@ def train(run: Run, engine: Engine) -> None:
     if run.resume_from is not None:
         engine.load(run.resume_from)
         progress.load(checkpoint.read_state(run.resume_from))
-    run.open(progress.step)
+    run.open(progress.step, shared=engine.all_write)
     introduce(run, progress.step)
     saver = Saver(run, engine)
     try:
@@ -282,7 +284,7 @@ def _loop(run: Run, engine: Engine, progress: Progress, saver: "Saver") -> None:
             raise SystemExit(exit_code)
     bar.close()
     signals.restore()
-    log.info(f"done: {run.total_steps} steps, {progress.skipped} skipped, in {run.folder}")
+    log.info(f"done: at step {progress.step}, {progress.skipped} skipped, in {run.folder}")
 
 
 def make_batch(run: Run, batch: dict[str, Tensor], positions: Tensor) -> tuple[NoisedBatch, Tensor]:

@@ -60,13 +60,14 @@ def images(tmp_path) -> Path:
     return write_images(tmp_path / "images")
 
 
-def script(*arguments, cwd: Path = ROOT, processes: int = 1, check: int | None = 0, env: dict | None = None):
+def script(*arguments, cwd=ROOT, processes: int = 1, check: int | None = 0, env: dict | None = None):
     """Run a script as `__main__`, in a process of its own or in several of one group, and return how that ended.
 
     The processes are forked from this one, which has imported everything: they start in no time, and what a test has
     patched in a shared module holds in them. Where a launcher, or a really new process, is what is tested: `launched`.
 
     `check` is the exit code it must end with; None: any. Several processes end with 1 if one of them fails.
+    `cwd` is one folder for all, or a list with one for each: as machines with disks of their own.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [[Path(folder) / f"{rank}.{name}" for name in ("out", "err")] for rank in range(processes)]
@@ -74,7 +75,8 @@ def script(*arguments, cwd: Path = ROOT, processes: int = 1, check: int | None =
         children = {}
         for rank, files in enumerate(outputs):
             place = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            children[_fork(arguments, cwd, place | (env or {}), files)] = rank
+            folder_of_rank = cwd[rank] if isinstance(cwd, list) else cwd
+            children[_fork(arguments, folder_of_rank, place | (env or {}), files)] = rank
         codes = _wait_for(children)
         out, err = (
             "".join(files[stream].read_text(errors="backslashreplace") for files in outputs) for stream in (0, 1)
