@@ -160,7 +160,7 @@ def complete_config(config: dict, run: runs.Run) -> dict:
         if entry == "optimizer.type" and value not in ("Adam", "AdamW"):
             raise UsageError(f"{args.deepspeed_config} has optimizer.type {value}; this project trains with AdamW")
     stage, before = config["zero_optimization"]["stage"], run.resume_from
-    universal = before is not None and needs_resharding(before, stage, run.processes.world_size)
+    universal = before is not None and needs_resharding(before, stage, args.precision, run.processes.world_size)
     ours = {
         "train_batch_size": args.global_batch_size,
         "train_micro_batch_size_per_gpu": per_process // args.accum_iter,
@@ -189,19 +189,25 @@ def entries(config: dict, prefix: str = ""):
             yield prefix + name, value
 
 
-def needs_resharding(folder: Path, stage: int, world_size: int) -> bool:
+def needs_resharding(folder: Path, stage: int, precision: str, world_size: int) -> bool:
     """Whether DeepSpeed's state in a checkpoint is that of another number of processes.
 
     Raises:
-        UsageError: there is none in it, or it is of another ZeRO stage, which DeepSpeed cannot read.
+        UsageError: there is none in it, or it is of another ZeRO stage or precision, which DeepSpeed cannot read.
     """
-    before = checkpoint.read_state(folder).get(STATE)
+    state = checkpoint.read_state(folder)
+    before, precision_before = state.get(STATE), state["flags"].get("precision")
     if before is None:
         raise UsageError(f"{folder} was not written by train_deepspeed.py; to start from its weights use --init-from")
     if before["stage"] != stage:
         raise UsageError(
             f"{folder} is of ZeRO stage {before['stage']}, --deepspeed_config has stage {stage}; resume with a file of "
             f"the same stage, or start from the weights with --init-from"
+        )
+    if precision_before not in (None, precision):
+        raise UsageError(
+            f"{folder} holds DeepSpeed's state in {precision_before}, --precision is {precision}; resume in "
+            f"{precision_before}, or start from the weights with --init-from"
         )
     return before["processes"] != world_size
 

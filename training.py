@@ -330,11 +330,12 @@ def note_bad_step(run: Run, progress: Progress, seen: list[tuple[Tensor, Tensor]
     if progress.bad_in_a_row >= limit:
         bad = [index for indices, losses in seen for index in indices[~losses.isfinite().cpu()].tolist()]
         bad = sorted({index for part in run.processes.gather(bad) for index in part})
+        or_bf16 = ", or with --precision bf16" if run.args.precision == "fp16" else ""
         names = ", ".join(run.data.name_of(index) for index in bad[:5]) or "no single sample"
         raise RunStopped(
             f"loss or gradient not finite in {limit} steps in a row, the last at step {progress.step}; "
             f"samples of that step with such a loss: {names} ({len(bad)} of {run.args.global_batch_size}). "
-            f"Resume from the last checkpoint with --allow-changes and a lower --lr, --grad-clip 1 or --precision bf16"
+            f"Resume from the last checkpoint with --allow-changes and a lower --lr or --grad-clip 1{or_bf16}"
         )
 
 

@@ -204,6 +204,15 @@ def test_accumulation_equals_the_big_batch(images):
     assert_close_weights(big, cut, 3, atol=2e-5)
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_clipping_leaves_a_small_gradient_as_it_is(images, stage):
+    flags = ["--precision", "fp32", "--max-steps", 2]
+    free = zero_go(images, stage, *flags, processes=1, results="free")
+    bound = zero_go(images, stage, *flags, "--grad-clip", 1000, processes=1, results="bound")
+    assert max(line["grad_norm"] for line in metrics(free)) < 100
+    assert_close_weights(free, bound, 2, atol=0)
+
+
 def test_starts_from_exact_weights_and_gives_them_to_sample_py(images):
     """--init-from is not rounded to bf16 on its way into the fp32 weights; sample.py needs no flag for the model."""
     first = zero_go(images, 2, "--max-steps", 1, processes=1)
@@ -359,6 +368,9 @@ def test_checkpoints_of_others_are_refused(images):
     two = zero_go(images, 2, "--max-steps", 1, processes=1, results="two")
     assert "is of ZeRO stage 2, --deepspeed_config has stage 3" in answer(
         "--resume", two, "--deepspeed_config", zero(3)
+    )
+    assert "holds DeepSpeed's state in bf16, --precision is fp32; resume in bf16" in answer(
+        "--resume", two, "--precision", "fp32", "--allow-changes"
     )
 
 

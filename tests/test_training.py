@@ -36,6 +36,7 @@ from optim import EMA, lr_factor, parameter_groups
 TINY = ["--model", "DiT-Nano/2", "--num_experts", "4", "--vae-path", "none", "--image-size", "8", "--num-classes", "4"]
 TINY += ["--rf", "--num-workers", "0", "--device", "cpu", "--lr", "1e-3", "--ema-decay", "0.9"]
 TIMES = {"images_per_second", "data_wait_share", "peak_memory_gb"}
+CPU = torch.device("cpu")
 
 
 def run_train(images: Path, *flags, steps: int = 4, results: str = "results") -> Path:
@@ -110,6 +111,27 @@ def test_accumulation_equals_the_big_batch(images, objective):
         torch.testing.assert_close(tensors(cut, "model")[name], weight, rtol=0, atol=2e-5)
 
 
+def test_clipping_leaves_a_small_gradient_as_it_is(images):
+    """Moments of AdamW tell: its updates do not depend on the gradient's scale."""
+    free, bound = run_train(images), run_train(images, "--grad-clip", "1000")
+    assert max(line["grad_norm"] for line in metrics(free)) < 100
+    assert_same_state(free, bound)
+    small = run_train(images, "--grad-clip", "0.01", steps=1)
+    moments = [value for name, value in tensors(small, "optimizer", 1).items() if name.endswith(".exp_avg")]
+    assert torch.nn.utils.get_total_norm(moments) == pytest.approx(0.01 * 0.1, rel=1e-3)  # 0.1 = 1 - beta1
+
+
+def test_labels_are_dropped_as_often_as_the_flag_says():
+    config = build_config("DiT-Nano/2", input_size=4, in_channels=3, num_classes=7, class_dropout_prob=0.1)
+    args = SimpleNamespace(feature_path="latents", stratified_t=False)
+    run = SimpleNamespace(args=args, config=config, objective=RectifiedFlow(), processes=Processes(0, 0, 1, CPU))
+    drop_u = torch.arange(100) / 100
+    batch = {"x": torch.zeros(100, 3, 4, 4), "noise": torch.zeros(100, 3, 4, 4), "u": drop_u, "drop_u": drop_u}
+    _, labels = training.make_batch(run, batch | {"y": torch.arange(100) % 7}, torch.arange(100))
+    assert labels[:10].tolist() == [7] * 10  # the null class
+    assert labels[10:].tolist() == [i % 7 for i in range(10, 100)]
+
+
 def test_accumulated_gradient_is_the_mean_over_micro_batches_balance_loss_included(images, monkeypatch):
     """Against plain autograd on the very same micro-batches."""
     seen = []
@@ -163,7 +185,7 @@ def test_two_processes_equal_one(images):
     script("train.py", *flags, "--results-dir", images.parent / "two", processes=2)
     one, two = (next((images.parent / name).iterdir()) for name in ("one", "two"))
     for a, b in zip(metrics(one), metrics(two), strict=True):
-        for key in ("loss", "balance_loss", "load_cv", "load_max_over_mean"):
+        for key in ("loss", "balance_loss", "load_cv", "load_max_over_mean", "router_entropy"):
             assert a[key] == pytest.approx(b[key], rel=1e-5), key
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
     for name, weight in tensors(one, "ema").items():
@@ -542,22 +564,25 @@ def test_fp16_scaler_recovers_from_overflow(images, monkeypatch):
     assert lines[-1]["loss_scale"] < 2.0**34 and math.isfinite(lines[-1]["grad_norm"])
 
 
-def poison(monkeypatch, bad_steps) -> None:
-    """NaN in the loss of the third sample of the batch at the given 0-based steps."""
+def poison(monkeypatch, bad_steps, spoil=torch.mul) -> None:
+    """`spoil(loss, NaN)` in the third sample of the batch at the given 0-based steps."""
     loss, calls = RectifiedFlow.loss, []
 
     def poisoned(self, output, batch):
         terms = loss(self, output, batch)
         if len(calls) in bad_steps:
-            terms["loss"] = terms["loss"] * torch.where(torch.arange(len(output)) == 2, torch.nan, 1.0)
+            neutral = 1.0 if spoil is torch.mul else 0.0
+            terms["loss"] = spoil(terms["loss"], torch.where(torch.arange(len(output)) == 2, torch.nan, neutral))
         calls.append(1)
         return terms
 
     monkeypatch.setattr(RectifiedFlow, "loss", poisoned)
 
 
-def test_a_loss_that_is_not_finite_skips_the_update(images, monkeypatch):
-    poison(monkeypatch, {1})
+@pytest.mark.parametrize("spoil", [torch.mul, torch.add])
+def test_a_loss_that_is_not_finite_skips_the_update(images, monkeypatch, spoil):
+    """With a gradient that is not finite either, or (NaN added) with one that is."""
+    poison(monkeypatch, {1}, spoil)
     run = run_train(images, "--ckpt-every", 1, steps=3)
     a, b, c = (tensors(run, "model", step) for step in (1, 2, 3))
     averages = [tensors(run, "ema", step) for step in (1, 2)]
