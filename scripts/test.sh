@@ -10,4 +10,4 @@ export OMP_NUM_THREADS=1 # the tests' tensors are too small to share among threa
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m pytest -n 2 --dist loadfile "$@" # more workers only if the machine has cores for them: -n 8
+"$python" -m pytest -n 2 --dist loadfile --durations 10 "$@" # more workers only if the machine has cores for them: -n 8

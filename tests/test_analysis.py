@@ -283,7 +283,7 @@ def test_two_processes_write_the_same_bytes(ckpt, tmp_path):
     record(ckpt, tmp_path / "one.npz", *flags)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command = [*launcher, "-m", "analysis.expert_data", *argv(ckpt, tmp_path / "two.npz", *flags)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("12 images") == 2  # before and after, once each
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()

@@ -172,7 +172,7 @@ def test_launchers_of_the_published_commands(images, launcher, says):
     command = [sys.executable, *launcher, str(ROOT / "train.py"), *GOOD, "--data-path", str(images)]
     command += ["--results-dir", str(images.parent / "results"), "--num_experts", "8", "--num_experts_per_tok", "2"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
     log = (images.parent / "results" / "000-DiT-Nano-2-8E2A-ddpm" / "log.txt").read_text()
     assert says in log and "done: 1 steps" in log

@@ -291,7 +291,7 @@ def test_published_commands(images, launcher, processes):
     command += ["--data-path", images, "--vae-path", "none", "--train_batch_size", "4"]
     command += ["--image-size", "8", "--num-classes", "4", "--num-workers", "0", "--device", "cpu"]
     command += ["--max-steps", "1", "--results-dir", images.parent / "results"]
-    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout + result.stderr
     expected = f"rf, batch {4 * processes} = {processes} processes x 1 micro-batches, bf16 on cpu"
     assert expected in result.stdout
