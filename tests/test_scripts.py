@@ -289,7 +289,7 @@ def test_stages_of_quickstart_and_test(checkout):
     assert checkout.notes.read_text().splitlines() == [
         "1 -m ruff check .",
         "1 -m ruff format --check .",
-        "1 -m pytest -n 2 --dist loadfile -k two words",
+        "1 -m pytest -n 2 --dist loadfile --durations 10 -k two words",
     ]
 
 
