@@ -26,6 +26,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, NotRequired
 
 import torch
@@ -37,8 +38,9 @@ from typing_extensions import TypedDict
 
 from classes import Classes
 from cli import UsageError
+from families import FAMILIES, DiT_models, from_published
 from files import UNFINISHED, digest, digest_of, flush_to_disk, write_json
-from models import DiT, DiT_models, DiTConfig, from_published, infer_config
+from models import DiT, DiTConfig, infer_config
 from records import BadRecord, Name, OtherVersion, check_record, parse_record, read_record
 
 FORMAT = 1
@@ -312,6 +314,7 @@ class LazyTensors(Mapping):
     def __init__(self, *paths: Path):
         self._files, self.metadata = {}, {}
         for path in paths:
+            refuse_pointer(path)
             try:
                 file = safe_open(path, "pt")
             except (SafetensorError, OSError) as error:
@@ -393,8 +396,12 @@ def load_weights(path: str | Path, which: str = "ema", **known) -> Weights:
         UsageError: no such file, damaged, not a DiT, or it would run code to load.
     """
     path = Path(path).expanduser()
-    record = None
-    if path.is_dir() and (parts := sharded_files(path)):
+    record, told = None, {}
+    if path.is_dir() and not is_checkpoint(path) and (found := find_published_folder(path)):
+        family, folder = found
+        tensors, told, path = family.read_folder(folder, which, load_pickle)
+        known = family.known(told) | known
+    elif path.is_dir() and (parts := sharded_files(path)):
         tensors = LazyTensors(*parts) if parts[0].suffix == ".safetensors" else _load_parts(parts)
     elif path.is_dir():
         folder = path
@@ -420,7 +427,17 @@ def load_weights(path: str | Path, which: str = "ema", **known) -> Weights:
         config = DiTConfig.from_dict(record["model"])
     else:
         config = infer_config({name: tuple(tensor.shape) for name, tensor in meta.items()}, **known)
+    if told:
+        record = {"format": FORMAT, "model": config.to_dict()} | family.description(told)
     return Weights(tensors, meta, config, record, path)
+
+
+def find_published_folder(path: Path) -> tuple[ModuleType, Path] | None:
+    """The family whose checkpoints are such folders, and the one to take of it."""
+    for family in FAMILIES:
+        if hasattr(family, "find_folder") and (folder := family.find_folder(path)):
+            return family, folder
+    return None
 
 
 def description_path(path: Path) -> Path:
@@ -467,12 +484,16 @@ def _state_dict_in(loaded: dict, which: str) -> dict[str, Tensor]:
     return {name: value for name, value in inner.items() if isinstance(value, Tensor)}
 
 
-def load_pickle(path: Path) -> dict:
+def load_pickle(path: Path, kind: type = dict):
     """`torch.load` that can build tensors, containers and `argparse.Namespace`, and nothing else.
+
+    Args:
+        kind: what the file has to hold.
 
     Raises:
         UsageError: the file is no PyTorch file, or names anything else; it says what.
     """
+    refuse_pointer(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             try:
@@ -489,9 +510,17 @@ def load_pickle(path: Path) -> dict:
         raise UsageError(f"refused to load {path}: {what}; only tensors and argparse.Namespace are allowed") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UsageError(f"{path} is not a readable PyTorch file ({_first_line(error)})") from None
-    if not isinstance(loaded, dict):
-        raise UsageError(f"{path} holds a {type(loaded).__name__}, not a dictionary of weights")
+    if not isinstance(loaded, kind):
+        expected = "a dictionary of weights" if kind is dict else f"a {kind.__name__}"
+        raise UsageError(f"{path} holds a {type(loaded).__name__}, not {expected}")
     return loaded
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises UsageError for what Git leaves in place of a large file that was not fetched."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise UsageError(f"{path} is a Git-LFS pointer, not the file itself: fetch it with `git lfs pull`")
 
 
 def _first_line(error: Exception) -> str:
@@ -519,7 +548,7 @@ def check_fit(model: Mapping[str, Tensor], weights: Weights, any_size: bool = Fa
     """
     expected = {name: tuple(t.shape) for name, t in model.items()}
     found = {name: tuple(t.shape) for name, t in weights.meta.items()}
-    if any_size or "pos_embed" not in found:  # it is fixed, so a file may leave it out
+    if "pos_embed" in expected and (any_size or "pos_embed" not in found):  # it is fixed, so a file may leave it out
         found["pos_embed"] = expected["pos_embed"]
     problems = [f"no {name}" for name in expected if name not in found]
     problems += [f"unknown {name}" for name in found if name not in expected]

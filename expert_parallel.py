@@ -16,8 +16,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from cli import UsageError
+from kernels import Dispatch, inverse_permutation, sort_by_expert
 from models import DiTConfig
-from moe import Dispatch, MoE, inverse_permutation, sort_by_expert
+from moe import MoE
 
 
 class AllToAll(torch.autograd.Function):

@@ -7,7 +7,6 @@ checkpoints, except that experts are stacked; `load_state_dict` takes both spell
 published one.
 """
 
-import contextlib
 import functools
 import math
 import re
@@ -16,32 +15,32 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import NotRequired, get_type_hints
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from typing_extensions import TypedDict
 
 from cli import UsageError, unknown_name
-from moe import EXPERTS, MoE, Routing, compute_dtype
+from families import DiT_models, family_of_row, from_published
+from kernels import AdaptiveLayerNorm, compute_dtype
+from layers import (
+    ATTENTION_BACKENDS,
+    MLPS,
+    MOST_POSITIONS,
+    NORMS,
+    POSITIONS,
+    QK_NORMS,
+    AdaptiveRMSNorm,
+    Attention,
+    LabelEmbedder,
+    PatchEmbed,
+    QKNorm,
+    TimestepEmbedder,
+    position_embedding,
+)
+from moe import EXPERTS, MoE, Routing
 from records import check_record
 
 # ------------------------------------------------------------------------------------------------------- configuration
-
-SIZES = {  # depth, hidden size, heads
-    "Nano": (3, 64, 4),  # for the quick start and tests; not a published size
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-    "G": (40, 1408, 16),
-}
-DiT_models: dict[str, dict] = {
-    f"DiT-{size}/{patch}": dict(depth=depth, hidden_size=hidden, patch_size=patch, num_heads=heads)
-    for size, (depth, hidden, heads) in SIZES.items()
-    for patch in ((2,) if size in ("Nano", "G") else (2, 4, 8))
-}
-
 
 LIMITS = {  # what a configuration may ask for, so that a broken file builds no model of a million blocks
     "depth": (1, 1000),
@@ -57,7 +56,11 @@ LIMITS = {  # what a configuration may ask for, so that a broken file builds no 
     "expert_ratio": (0.001, 1000),
     "num_shared_experts": (0, 1024),
     "shared_expert_ratio": (0.001, 1000),
+    "num_kv_heads": (0, 1024),  # 0: as many as heads
+    "condition_width": (0, 2**16),  # 0: the hidden size
+    "mlp_multiple": (1, 2**16),
 }
+CHOICES = {"norm": NORMS, "positions": POSITIONS, "mlp": MLPS, "qk_norm": QK_NORMS, "expert_mlp": EXPERTS}
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,18 @@ class DiTConfig:
     in_channels: int = 4
     num_classes: int = 1000
     class_dropout_prob: float = 0.1  # share of labels replaced by the null class; 0: the model has no null class
-    mlp_ratio: float = 4.0  # width of the dense MLP over D
+    condition_width: int = 0  # of time and class, which modulate the blocks; 0: D
+    norm: str = "layer"  # before attention and MLP: a key of layers.NORMS
+    positions: str = "sincos"  # a key of layers.POSITIONS
+    num_kv_heads: int = 0  # heads of keys and values; 0: as many as of queries
+    attention_bias: bool = True
+    qk_norm: str = (
+        "none"  # LayerNorm of query and key: one of layers.QK_NORMS. True stands for "head", False for "none"
+    )
+    mlp: str = "gelu"  # a key of layers.MLPS
+    mlp_ratio: float = 4.0  # width of the dense MLP over D; of SwiGLU two thirds of that, rounded up
+    mlp_multiple: int = 256  # to a multiple of this
     learn_sigma: bool = True  # 2C output channels: the second half is the variance of DDPM
-    qk_norm: bool = False  # LayerNorm over each head's query and key
     num_experts: int = 0  # 0: the dense DiT
     num_experts_per_tok: int = 2
     expert_mlp: str = "swiglu"  # kind of the routed experts; "gelu": that of the dense MLP, with biases
@@ -86,6 +98,7 @@ class DiTConfig:
     moe_layers: str = "all"  # which blocks are MoE: all, every-N, deep-half, shallow-half, or a list such as 0,2,5
 
     def __post_init__(self):
+        object.__setattr__(self, "qk_norm", {True: "head", False: "none"}.get(self.qk_norm, self.qk_norm))
         for name, (low, high) in LIMITS.items():
             if not low <= getattr(self, name) <= high:
                 raise UsageError(f"{name} must lie between {low} and {high}, got {getattr(self, name)}")
@@ -93,10 +106,23 @@ class DiTConfig:
             raise UsageError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of 8"
             )
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise unknown_name(name, str(getattr(self, name)), known)
+        if self.num_heads % self.kv_heads:
+            raise UsageError(f"num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}")
+        head = self.hidden_size // self.num_heads
+        if (self.positions, head % 2) == ("rope", 1) or (self.positions == "rope2d" and head % 4):
+            raise UsageError(f"{self.positions} turns pairs of numbers: heads of {head} cannot be cut into pairs")
         if self.input_size % self.patch_size:
             raise UsageError(
                 f"input of {self.input_size}x{self.input_size} cannot be cut into patches of {self.patch_size}; "
                 f"choose a model with another patch size or another image size"
+            )
+        if self.positions == "rope" and (self.input_size // self.patch_size) ** 2 > MOST_POSITIONS:
+            raise UsageError(
+                f"rope has {MOST_POSITIONS} positions, an input of {self.input_size}x{self.input_size} in patches of "
+                f"{self.patch_size} has {(self.input_size // self.patch_size) ** 2}; use smaller images, or rope2d"
             )
         if not 0 <= self.class_dropout_prob < 1:
             raise UsageError(f"class_dropout_prob must lie in [0, 1), got {self.class_dropout_prob}")
@@ -109,8 +135,6 @@ class DiTConfig:
             raise UsageError(
                 f"expert width {self.expert_ratio} x {self.hidden_size} = {self.expert_width} must be a multiple of 8"
             )
-        if self.expert_mlp not in EXPERTS:
-            raise unknown_name("expert_mlp", self.expert_mlp, EXPERTS)
         if not 0 < self.routed_scaling_factor < math.inf:
             raise UsageError(f"routed_scaling_factor must be positive, got {self.routed_scaling_factor}")
         _ = self.moe_indices  # complains about a wrong moe_layers
@@ -125,8 +149,24 @@ class DiTConfig:
         return self.num_classes if self.class_dropout_prob > 0 else None
 
     @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def side(self) -> int:
+        """Tokens in a row of the image."""
+        return self.input_size // self.patch_size
+
+    @property
+    def modulation_width(self) -> int:
+        return self.condition_width or self.hidden_size
+
+    @property
     def mlp_width(self) -> int:
-        return _width(self.mlp_ratio, self.hidden_size)
+        width = _width(self.mlp_ratio, self.hidden_size)
+        if self.mlp == "swiglu":  # three matrices in place of two
+            width = -(-(2 * width // 3) // self.mlp_multiple) * self.mlp_multiple
+        return width
 
     @property
     def expert_width(self) -> int:
@@ -168,6 +208,8 @@ class DiTConfig:
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise UsageError(f"unknown model options {', '.join(unknown)}: written by a newer version?")
+        if isinstance(values.get("qk_norm"), bool):  # of before there were two kinds
+            values = values | {"qk_norm": "head" if values["qk_norm"] else "none"}
         return cls(**check_record(values, _config_record(), "model options"))
 
 
@@ -189,11 +231,13 @@ def _width(ratio: float, hidden_size: int) -> int:
 def build_config(name: str, **options) -> DiTConfig:
     """The configuration of a row of `DiT_models`; `options` are fields of `DiTConfig` and win over the row.
 
-    As published, XL and G with experts have QK-norm unless `qk_norm` says otherwise.
+    As published, XL and G with experts have QK-norm unless `qk_norm` says otherwise; True is the kind of the family.
     """
     if name not in DiT_models:
         raise unknown_name("model", name, DiT_models)
     options.setdefault("qk_norm", options.get("num_experts", 0) > 0 and name.startswith(("DiT-XL/", "DiT-G/")))
+    if options["qk_norm"] is True:
+        options["qk_norm"] = family_of_row(name).QK_NORM
     return DiTConfig(**(DiT_models[name] | options))
 
 
@@ -208,184 +252,7 @@ def build_model(name: str, **options) -> "DiT":
     return DiT(build_config(name, **options))
 
 
-NORM_EPS = 1e-6  # of every LayerNorm, as published
-
-# ----------------------------------------------------------------------------------------------------------- attention
-
-
-def flash_attn_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The flash-attn package (optional), which wants (N, T, h, d)."""
-    from flash_attn import flash_attn_func
-
-    return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-
-
-ATTENTION_BACKENDS = {  # None: PyTorch chooses
-    "auto": None,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-    "flash-attn": flash_attn_2,
-    "fa3": SDPBackend.FLASH_ATTENTION,
-    "fa4": SDPBackend.FLASH_ATTENTION,
-}
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, backend) -> Tensor:
-    """(N, h, T, d) each -> (N, h, T, d), by a value of `ATTENTION_BACKENDS`."""
-    if callable(backend):
-        return backend(q, k, v)
-    with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(q, k, v)
-
-
-def check_attention(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Try a backend on a few tokens.
-
-    Raises:
-        UsageError: it has no kernel for this device, precision or head size.
-    """
-    if name in ("auto", "math"):
-        return
-    q, k, v = (torch.randn(1, 1, 16, head_dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-    try:
-        attend(q, k, v, ATTENTION_BACKENDS[name]).sum().backward()
-    except ImportError:
-        raise UsageError(f"--attention {name} needs the package: pip install {name}") from None
-    except RuntimeError:
-        what = f"{device.type}, {str(dtype).removeprefix('torch.')} and heads of {head_dim}"
-        raise UsageError(f"--attention {name} has no kernel for {what}; use auto") from None
-
-
-class HeadNorm(nn.LayerNorm):
-    """LayerNorm that leaves its input in bf16, where autocast would make fp32 copies; the kernel adds up in fp32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over (N, T, D) without mask."""
-
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool):
-        super().__init__()
-        self.num_heads = num_heads
-        self.backend = None  # a value of ATTENTION_BACKENDS
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)  # rows: [q; k; v] x heads x d
-        self.q_norm = HeadNorm(hidden_size // num_heads, NORM_EPS) if qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(hidden_size // num_heads, NORM_EPS) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (N, T, h, d)
-        # Normed before heads and tokens change places: kernels lay their output out as q, so that it needs no copy.
-        q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(*(each.transpose(1, 2) for each in (q, k, v)), self.backend)  # (N, h, T, d)
-        return self.proj(out.transpose(1, 2).flatten(2))  # (N, T, D)
-
-
-# ---------------------------------------------------------------------------------------------------------- embeddings
-
-
-class PatchEmbed(nn.Module):
-    """Cut a latent into p x p patches and project each: (N, C, H, W) -> (N, T, D), row by row."""
-
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Contiguous: sums take after their first operand, so all blocks would work on a transposed residual stream.
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
-
-
-def timestep_embedding(t: Tensor, dim: int = 256) -> Tensor:
-    """(N,) -> (N, dim) fp32, [cos | sin] of t * 10000^(-k / (dim/2)) (arXiv 1706.03762, with cosines first)."""
-    half = dim // 2
-    # Rounded in this order as the published weights saw it: near t = 1000 another order moves the angles by 5e-5.
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-class TimestepEmbedder(nn.Module):
-    """Network time (N,) -> (N, D)."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
-
-
-class LabelEmbedder(nn.Module):
-    """Labels (N,) -> (N, D); the last row is the null class where the model has one.
-
-    Dropping labels is the training loop's business, so that a forward pass has no randomness of its own.
-    """
-
-    def __init__(self, num_labels: int, hidden_size: int):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_labels, hidden_size)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
-
-
-def position_embedding(hidden_size: int, side: int) -> Tensor:
-    """(1, side*side, D) fixed sine-cosine: the first half of D from the column, the second from the row."""
-    frequencies = 10000.0 ** (-torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
-    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
-    columns = line[None, :, :].expand(side, side, -1)
-    rows = line[:, None, :].expand(side, side, -1)
-    return torch.cat([columns, rows], dim=2).flatten(0, 1)[None].float()
-
-
 # --------------------------------------------------------------------------------------------------------------- model
-
-
-class AdaptiveLayerNorm(torch.autograd.Function):
-    """norm(x) * (1 + scale) + shift: (N, T, D) with (N, D) shift and scale -> (N, T, D) of `dtype`.
-
-    Computed in the dtype of x. Saves x and scale alone: the norm is computed again in the backward.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        with torch.autocast(x.device.type, enabled=False):
-            shift, factor = shift.to(x.dtype).unsqueeze(1), 1 + scale.to(x.dtype).unsqueeze(1)  # (N, 1, D)
-            out = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), factor)
-        return out if out.dtype == dtype else out.to(dtype)  # compiled by PyTorch 2.11, an idle `to` loses the gradient
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # (N, T, D)
-        x, scale = ctx.saved_tensors
-        width = x.shape[-1:]
-        normed, mean, rstd = torch.native_layer_norm(x, width, None, None, NORM_EPS)
-        grad_shift = grad.sum(dim=1, dtype=x.dtype)
-        grad_scale = (grad * normed).sum(dim=1)
-        grad_normed = grad * (1 + scale.to(x.dtype).unsqueeze(1))
-        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad_normed, x, width, mean, rstd, None, None, [True, False, False]
-        )
-        return grad_x, grad_shift.to(scale.dtype), grad_scale.to(scale.dtype), None
-
-
-class MLP(nn.Module):
-    """The dense DiT's two-layer perceptron with tanh-GELU."""
-
-    def __init__(self, hidden_size: int, width: int):
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, width)
-        self.fc2 = nn.Linear(width, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 PRODUCTS = {  # operations whose results are dear: matrix products, attention, and the choice of experts
@@ -415,7 +282,8 @@ class DiTBlock(nn.Module):
     def __init__(self, config: DiTConfig, is_moe: bool):
         super().__init__()
         width = config.hidden_size
-        self.attn = Attention(width, config.num_heads, config.qk_norm)
+        self.norm1, self.norm2 = (NORMS[config.norm](width) for _ in range(2))
+        self.attn = Attention(width, config.num_heads, config.kv_heads, config.qk_norm, config.attention_bias)
         if is_moe:
             self.moe = MoE(
                 width,
@@ -428,21 +296,22 @@ class DiTBlock(nn.Module):
                 config.routed_scaling_factor,
             )
         else:
-            self.mlp = MLP(width, config.mlp_width)
+            self.mlp = MLPS[config.mlp](width, config.mlp_width)
         self.is_moe = is_moe
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.modulation_width, 6 * width))
         self.checkpointing = "none"  # a key of CHECKPOINTING
 
-    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Routing | None]:  # (N, T, D), (N, D)
+    def forward(self, x: Tensor, c: Tensor, rotation: Tensor | None = None) -> tuple[Tensor, Routing | None]:
+        """(N, T, D) tokens, (N, c) condition, (T, d/2, 2) rotary positions or None."""
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self.compute(x, c)
-        return checkpoint(self.compute, x, c, use_reentrant=False, **CHECKPOINTING[self.checkpointing])
+            return self.compute(x, c, rotation)
+        return checkpoint(self.compute, x, c, rotation, use_reentrant=False, **CHECKPOINTING[self.checkpointing])
 
-    def compute(self, x: Tensor, c: Tensor) -> tuple[Tensor, Routing | None]:
+    def compute(self, x: Tensor, c: Tensor, rotation: Tensor | None = None) -> tuple[Tensor, Routing | None]:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
         dtype = compute_dtype(self.attn.qkv.weight)
-        x = x + gate_a.unsqueeze(1) * self.attn(AdaptiveLayerNorm.apply(x, shift_a, scale_a, dtype))
-        tokens = AdaptiveLayerNorm.apply(x, shift_m, scale_m, dtype)
+        x = x + gate_a.unsqueeze(1) * self.attn(self.norm1(x, shift_a, scale_a, dtype), rotation)
+        tokens = self.norm2(x, shift_m, scale_m, dtype)
         out, routing = self.moe(tokens) if self.is_moe else (self.mlp(tokens), None)
         return x + gate_m.unsqueeze(1) * out, routing
 
@@ -454,7 +323,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.linear = nn.Linear(width, config.patch_size**2 * config.out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.modulation_width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
@@ -468,11 +337,9 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)
-        self.t_embedder = TimestepEmbedder(config.hidden_size)
-        self.y_embedder = LabelEmbedder(config.num_classes + (config.null_class is not None), config.hidden_size)
-        self.register_buffer(
-            "pos_embed", position_embedding(config.hidden_size, config.input_size // config.patch_size)
-        )
+        self.t_embedder = TimestepEmbedder(config.modulation_width)
+        self.y_embedder = LabelEmbedder(config.num_classes + (config.null_class is not None), config.modulation_width)
+        self.register_buffer("pos_embed", self._position_table())
         self.blocks = nn.ModuleList(DiTBlock(config, is_moe=i in config.moe_indices) for i in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.init_weights()
@@ -490,19 +357,29 @@ class DiT(nn.Module):
         Returns:
             (N, out_channels, H, W), or that and a list of L `Routing`.
         """
-        x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, T, D), fp32 under autocast
-        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))  # (N, T, D)
+        # From here on fp32 under autocast.
+        x = x.to(self.x_embedder.proj.weight.dtype) if self.pos_embed is None else x + self.pos_embed
+        c, rotation = self.t_embedder(t) + self.y_embedder(y), self._rotation(x.device)  # (N, c)
         routings = []
         for block in self.blocks:
-            x, routing = block(x, c)
+            x, routing = block(x, c, rotation)
             if routing is not None:
                 routings.append(routing)
         x = self.unpatchify(self.final_layer(x, c))
         return (x, routings) if return_routing else x
 
+    def _position_table(self) -> Tensor | None:
+        config = self.config
+        return position_embedding(config.hidden_size, config.side) if config.positions == "sincos" else None
+
+    def _rotation(self, device: torch.device) -> Tensor | None:
+        table, config = POSITIONS[self.config.positions], self.config
+        return None if table is None else table(config.side, config.hidden_size // config.num_heads, device)
+
     def unpatchify(self, x: Tensor) -> Tensor:
         """(N, T, p*p*C) -> (N, C, H, W)."""
-        p, side = self.config.patch_size, self.config.input_size // self.config.patch_size
+        p, side = self.config.patch_size, self.config.side
         x = x.unflatten(2, (p, p, -1)).unflatten(1, (side, side))  # (N, H/p, W/p, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
@@ -525,8 +402,8 @@ class DiT(nn.Module):
                 part.to(device)
             if then is not None:
                 then(unit)
-        side = self.config.input_size // self.config.patch_size
-        self.pos_embed = position_embedding(self.config.hidden_size, side).to(device)
+        table = self._position_table()
+        self.pos_embed = None if table is None else table.to(device)
 
     def init_weights(self) -> None:
         """Draw all parameters, unit by unit."""
@@ -541,14 +418,14 @@ class DiT(nn.Module):
         """
         for module in (module for part in unit for module in part.modules()):
             if isinstance(module, nn.Linear):
-                for projection in module.weight.chunk(getattr(module, "stacked", 1)):
+                for projection in module.weight.split(getattr(module, "drawn_apart", len(module.weight))):
                     nn.init.xavier_uniform_(projection)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, PatchEmbed):
                 nn.init.xavier_uniform_(module.proj.weight.flatten(1))
                 nn.init.zeros_(module.proj.bias)
-            elif isinstance(module, HeadNorm):
+            elif isinstance(module, (QKNorm, AdaptiveRMSNorm)):
                 module.reset_parameters()
         for part in unit:
             if isinstance(part, LabelEmbedder):
@@ -619,86 +496,7 @@ def count_parameters(model: DiT) -> tuple[int, int]:
     return total, total - unused
 
 
-# ----------------------------------------------------------------------------------------------------- published names
-
-_RENAMED = {".attn.Wqkv.": ".attn.qkv.", ".attn.out_proj.": ".attn.proj."}
-_EXPERT = re.compile(r"(blocks\.\d+\.moe\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
-_SHARED = re.compile(r"(blocks\.\d+\.moe\.shared_experts)\.(gate_proj|up_proj)\.weight")
-
-
-def from_published(
-    state_dict: Mapping[str, Tensor], device: torch.device | None = None, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """Rename a published state dict to this model's names; one that has them already passes unchanged.
-
-    Strips `module.` and `_orig_mod.` prefixes, maps `Wqkv`/`out_proj` to `qkv`/`proj`, stacks `experts.j.*`, and
-    gate and up of the shared expert. Tensors are read, moved and converted one at a time, so that a lazy mapping of a
-    file needs one copy in memory, not two.
-    """
-    names, experts, shared = {}, {}, {}
-    for source in state_dict:
-        name = source.replace("_orig_mod.", "").removeprefix("module.")
-        for published, ours in _RENAMED.items():
-            name = name.replace(published, ours)
-        if match := _EXPERT.fullmatch(name):
-            experts.setdefault(match[1], {})[int(match[2]), match[3]] = source
-        elif match := _SHARED.fullmatch(name):
-            shared.setdefault(match[1], {})[match[2]] = source
-        else:
-            names[name] = source
-    renamed = {name: state_dict[source].to(device=device, dtype=dtype) for name, source in names.items()}
-    for prefix, sources in experts.items():
-        renamed |= _stack_experts(prefix, sources, state_dict, device, dtype)
-    for prefix, sources in shared.items():
-        if absent := {"gate_proj", "up_proj"} - set(sources):
-            raise UsageError(f"the file lacks {prefix}.{absent.pop()}.weight")
-        parts = [state_dict[sources[kind]].to(device=device, dtype=dtype) for kind in ("gate_proj", "up_proj")]
-        renamed[f"{prefix}.gate_up_proj.weight"] = torch.cat(parts)  # (2S, D)
-    return renamed
-
-
-def _stack_experts(
-    prefix: str, sources: dict[tuple[int, str], str], state_dict: Mapping[str, Tensor], device, dtype
-) -> dict[str, Tensor]:
-    """One layer's `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F); `sources`: (expert, projection) -> name."""
-    count = 1 + max(index for index, _ in sources)
-    wanted = [(index, kind) for index in range(count) for kind in ("gate_proj", "up_proj", "down_proj")]
-    if absent := [f"{prefix}.{index}.{kind}.weight" for index, kind in wanted if (index, kind) not in sources]:
-        raise UsageError(f"the file lacks {', '.join(absent[:3])}{' ...' if len(absent) > 3 else ''}")
-    first = state_dict[sources[0, "gate_proj"]]
-    width, hidden = first.shape
-    gate_up = first.new_empty(count, 2 * width, hidden, device=device, dtype=dtype)
-    down = first.new_empty(count, hidden, width, device=device, dtype=dtype)
-    places = {"gate_proj": gate_up[:, :width], "up_proj": gate_up[:, width:], "down_proj": down}
-    for index, kind in wanted:
-        tensor = state_dict[sources[index, kind]]
-        if tensor.shape != places[kind][index].shape:
-            expected = tuple(places[kind][index].shape)
-            raise UsageError(f"{sources[index, kind]} is {tuple(tensor.shape)}, in the first expert {expected}")
-        places[kind][index].copy_(tensor.detach())
-    return {f"{prefix}.gate_up_proj": gate_up, f"{prefix}.down_proj": down}
-
-
-def to_published(state_dict: Mapping[str, Tensor], flash_names: bool = False) -> dict[str, Tensor]:
-    """The inverse of `from_published`; `flash_names` writes `Wqkv`/`out_proj`, as the published XL and G files have."""
-    published = {}
-    for name, tensor in state_dict.items():
-        if name.endswith(".moe.experts.gate_up_proj"):
-            for index, matrix in enumerate(tensor.unbind(0)):
-                gate, up = matrix.chunk(2)
-                prefix = name.replace("gate_up_proj", str(index))
-                published[f"{prefix}.gate_proj.weight"], published[f"{prefix}.up_proj.weight"] = gate, up
-        elif name.endswith(".moe.experts.down_proj"):
-            for index, matrix in enumerate(tensor.unbind(0)):
-                published[name.replace("down_proj", f"{index}.down_proj.weight")] = matrix
-        elif name.endswith(".moe.shared_experts.gate_up_proj.weight"):
-            for kind, matrix in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
-                published[name.replace("gate_up_proj", kind)] = matrix
-        else:
-            for theirs, ours in _RENAMED.items() if flash_names else ():
-                name = name.replace(ours, theirs)
-            published[name] = tensor
-    return published
+# ---------------------------------------------------------------------------------------------------------- from files
 
 
 def _accept_published_names(model: DiT, state_dict: dict, prefix: str, *_) -> None:
@@ -706,9 +504,8 @@ def _accept_published_names(model: DiT, state_dict: dict, prefix: str, *_) -> No
     if prefix:  # the model is part of a larger module: its names are not the published ones
         return
     renamed = from_published(state_dict)
-    if "pos_embed" not in renamed:
-        side = model.config.input_size // model.config.patch_size
-        renamed["pos_embed"] = position_embedding(model.config.hidden_size, side)
+    if "pos_embed" not in renamed and (table := model._position_table()) is not None:
+        renamed["pos_embed"] = table
     state_dict.clear()
     state_dict.update(renamed)
 
@@ -740,16 +537,27 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], **known) -> DiTConfig:
         "in_channels": channels,
         "learn_sigma": shapes["final_layer.linear.weight"][0] == 2 * channels * patch**2,
         "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
-        "qk_norm": "blocks.0.attn.q_norm.weight" in shapes,
+        "norm": "rms" if "blocks.0.norm1.weight" in shapes else "layer",
+        "attention_bias": "blocks.0.attn.qkv.bias" in shapes,
     }
+    if config["norm"] == "rms" and "pos_embed" not in shapes:  # that is Large-DiT
+        config["positions"] = "rope"
+    if (conditioning := shapes["t_embedder.mlp.0.weight"][0]) != width:
+        config["condition_width"] = conditioning
     if "pos_embed" in shapes:
         config["input_size"] = math.isqrt(shapes["pos_embed"][1]) * patch
-    if config["qk_norm"]:
-        config["num_heads"] = width // shapes["blocks.0.attn.q_norm.weight"][0]
+    normed = shapes.get("blocks.0.attn.q_norm.weight", (0,))[0]
+    config["qk_norm"] = {0: "none", width: "full"}.get(normed, "head")
+    if config["qk_norm"] == "head":
+        config["num_heads"] = width // normed
     elif heads := {row["num_heads"] for row in DiT_models.values() if row["hidden_size"] == width}:
         config["num_heads"] = heads.pop()
     elif "num_heads" not in known:
         raise UsageError(f"hidden size {width} is in no row of the table of sizes, so the number of heads is unknown")
+    head = width // (known.get("num_heads") or config["num_heads"])
+    kv_heads = (shapes["blocks.0.attn.qkv.weight"][0] - width) // (2 * head)
+    if kv_heads * head != width:
+        config["num_kv_heads"] = kv_heads
 
     moe_blocks = [i for i in range(depth) if f"blocks.{i}.moe.gate.weight" in shapes]
     if moe_blocks:
@@ -766,6 +574,19 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], **known) -> DiTConfig:
     dense_blocks = [i for i in range(depth) if f"blocks.{i}.mlp.fc1.weight" in shapes]
     if dense_blocks:
         config["mlp_ratio"] = shapes[f"blocks.{dense_blocks[0]}.mlp.fc1.weight"][0] / width
+    gated_blocks = [i for i in range(depth) if f"blocks.{i}.mlp.down_proj.weight" in shapes]
+    if gated_blocks:
+        config |= {"mlp": "swiglu"} | _swiglu_width(shapes[f"blocks.{gated_blocks[0]}.mlp.down_proj.weight"][1], width)
+    elif config["norm"] == "rms" and not dense_blocks:
+        config["mlp"] = "swiglu"
     if "pos_embed" in shapes:
         known.pop("input_size", None)
     return DiTConfig(**(config | known))
+
+
+def _swiglu_width(width: int, hidden_size: int) -> dict:
+    """The fields that give a SwiGLU this width: the published rule if it does, else the width itself."""
+    rule = {"mlp_ratio": 4.0, "mlp_multiple": 256}
+    if -(-(2 * 4 * hidden_size // 3) // 256) * 256 == width:
+        return rule
+    return {"mlp_ratio": 1.5 * width / hidden_size, "mlp_multiple": 1}

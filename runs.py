@@ -25,9 +25,11 @@ import sampling
 from classes import Classes
 from cli import Need, Parser, UsageError, boolean, check_needs, natural_int, number_in, positive_int, values
 from data import AS_BEFORE, BatchSchedule, ImageData, Reading, load_space, require_folder, space_info
+from families import DiT_models
 from files import digest, write_json
 from latents import LatentShards, open_features
-from models import CHECKPOINTING, UNSEEN, DiT, DiT_models, DiTConfig, build_config, check_attention, row_name
+from layers import check_attention
+from models import CHECKPOINTING, UNSEEN, DiT, DiTConfig, build_config, row_name
 from objectives import add_objective_arguments, choose_objective, spell_out
 from optim import SCHEDULES
 

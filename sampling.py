@@ -26,8 +26,10 @@ from classes import Classes
 from cli import Need, Parser, RunStopped, UsageError, check_needs, natural_int, number_in, positive_int
 from data import SpaceInfo, load_space, space_info
 from diffusion import classifier_free_guidance
+from families import DiT_models
 from files import replacing
-from models import ATTENTION_BACKENDS, UNSEEN, DiT, DiT_models, DiTConfig, build_config, check_attention
+from layers import ATTENTION_BACKENDS, check_attention
+from models import UNSEEN, DiT, DiTConfig, build_config
 from objectives import SETTINGS, add_objective_arguments, check_against, choose_objective, in_words
 
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

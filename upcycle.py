@@ -29,8 +29,9 @@ import checkpoint
 import cli
 from cli import UsageError, natural_int, number_in, positive_int
 from diffusion import objective_from_config
+from layers import SwiGLUMLP
 from models import DiT, DiTBlock, DiTConfig, count_parameters
-from moe import Experts, GELUExperts
+from moe import Experts, GELUExperts, SwiGLUExperts
 
 ROUTER_STD = 0.02  # as in sparse upcycling
 ROUTINGS = ("normalize", "scale")
@@ -233,7 +234,7 @@ def upcycled_config(source: DiTConfig, recipe: Recipe) -> DiTConfig:
     if source.num_experts > 1:
         raise UsageError(f"the source has {source.num_experts} experts already; give a dense DiT, or one of one expert")
     if source.num_experts == 0:
-        width, kind, layers = source.mlp_width, "gelu", recipe.moe_layers or "all"
+        width, kind, layers = source.mlp_width, source.mlp, recipe.moe_layers or "all"
         shared, shared_ratio = (2 if recipe.shared_expert else 0), 1.0
     else:
         width, kind, layers = source.expert_width, source.expert_mlp, source.moe_layers
@@ -310,11 +311,16 @@ def mlp_of(block: DiTBlock) -> Experts:
     """The MLP of a dense block, or the one expert of a sparse one, as stacked experts with E = 1; shares its memory."""
     if block.is_moe:
         return block.moe.experts
-    fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+    mlp = block.mlp
     with torch.device("meta"):
-        experts = GELUExperts(fc1.in_features, fc1.out_features, num_experts=1)
-    tensors = {"fc1_weight": fc1.weight, "fc1_bias": fc1.bias, "fc2_weight": fc2.weight, "fc2_bias": fc2.bias}
-    experts.load_state_dict({name: tensor.detach()[None] for name, tensor in tensors.items()}, assign=True)
+        if isinstance(mlp, SwiGLUMLP):
+            experts = SwiGLUExperts(mlp.down_proj.out_features, mlp.down_proj.in_features, num_experts=1)
+            names = {"gate_up_proj": "gate_up_proj.weight", "down_proj": "down_proj.weight"}
+        else:
+            experts = GELUExperts(mlp.fc1.in_features, mlp.fc1.out_features, num_experts=1)
+            names = {name: name.replace("_", ".") for name, _ in experts.named_parameters()}
+    tensors = mlp.state_dict()
+    experts.load_state_dict({name: tensors[theirs].detach()[None] for name, theirs in names.items()}, assign=True)
     return experts
 
 

@@ -17,8 +17,9 @@ import checkpoint
 import cli
 from cli import UsageError, positive_int
 from diffusion import objective_from_config
+from families import to_published
 from files import replace_json
-from models import UNSEEN, DiT, count_parameters, to_published
+from models import UNSEEN, DiT, count_parameters
 from objectives import in_words
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,10 +100,10 @@ def export(weights: checkpoint.Weights, output: Path, dtype: str | None, flash_n
     for path in (output, beside):
         if path is not None and path.exists():
             raise UsageError(f"{path} exists; name another file")
-    flash_names = weights.config.qk_norm if flash_names is None else flash_names
+    flash_names = weights.config.qk_norm == "head" if flash_names is None else flash_names
     tensors = {
         name: tensor.to(DTYPES[dtype] if dtype else tensor.dtype).clone(memory_format=torch.contiguous_format)
-        for name, tensor in to_published(weights.state_dict, flash_names).items()
+        for name, tensor in to_published(weights.state_dict, flash_names, weights.config).items()
     }
     metadata = None if weights.record is None else {checkpoint.DESCRIPTION: json.dumps(weights.record)}
     unfinished = output.with_name(f"{output.name}.unfinished")

@@ -161,16 +161,15 @@ def flops(config: DiTConfig) -> Flops:
     Attention does not keep its T x T scores: beside its four products, its backward computes one of the forward again.
     """
     D, T, E, K = config.hidden_size, tokens_per_image(config), config.num_experts, config.num_experts_per_tok
-    F, S, W = config.expert_width, config.shared_width, config.mlp_width
-    expert_matrices = {"swiglu": 3, "gelu": 2}[config.expert_mlp]
+    F, S, W, c = config.expert_width, config.shared_width, config.mlp_width, config.modulation_width
     moe, depth, patch = len(config.moe_indices), config.depth, config.patch_size**2
 
     attention = depth * 2 * T * T * D  # multiply-adds, from here on
-    projections = depth * (4 * T * D * D + 6 * D * D)  # q, k, v, out; modulation
-    sparse = moe * T * D * (E + K * expert_matrices * F + 3 * S)
-    dense = (depth - moe) * T * D * 2 * W
-    first = T * D * patch * config.in_channels + 256 * D  # patch and time embedding, whose inputs need no gradient
-    rest = D * D + 2 * D * D + T * D * patch * config.out_channels  # time embedding; final layer
+    projections = depth * (T * D * (2 * D + 2 * kv_width(config)) + 6 * D * c)  # q, out, k, v; modulation
+    sparse = moe * T * D * (E + K * MATRICES[config.expert_mlp] * F + 3 * S)
+    dense = (depth - moe) * T * D * MATRICES[config.mlp] * W
+    first = T * D * patch * config.in_channels + 256 * c  # patch and time embedding, whose inputs need no gradient
+    rest = c * c + 2 * D * c + T * D * patch * config.out_channels  # time embedding; final layer
     blocks = projections + sparse + dense
     linear = first + blocks + rest
     training = 3 * linear - first + 7 * attention // 2
@@ -178,8 +177,16 @@ def flops(config: DiTConfig) -> Flops:
     return Flops(*(2 * count for count in counts))
 
 
+MATRICES = {"swiglu": 3, "gelu": 2}  # of a feed-forward, dense or an expert
+
+
 def tokens_per_image(config: DiTConfig) -> int:
-    return (config.input_size // config.patch_size) ** 2
+    return config.side**2
+
+
+def kv_width(config: DiTConfig) -> int:
+    """Of the keys, and of the values, of all heads."""
+    return config.hidden_size // config.num_heads * config.kv_heads
 
 
 # --------------------------------------------------------------------------------------------------------- activations
@@ -200,26 +207,32 @@ class Activations:
 
 def activations(config: DiTConfig, precision: Precision) -> Activations:
     """Bytes of what autograd saves; copies of weights in the compute precision are not among them."""
-    D, T = config.hidden_size, tokens_per_image(config)
+    D, T, kv, width = config.hidden_size, tokens_per_image(config), kv_width(config), config.modulation_width
     c, s = precision.compute, precision.stream
     norm = T * s * D  # a norm's input
     sample = config.in_channels * config.input_size**2
-    embeddings = c * (sample + 256 + 2 * D) + s * D + 8  # latent, time, label: inputs of each layer
-    final = norm + c * (T * D + 3 * D)  # input of the linear; modulation: silu(c), shift and scale
+    embeddings = c * (sample + 256 + 2 * width) + s * width + 8  # latent, time, label: inputs of each layer
+    final = norm + c * (T * D + width + 2 * D)  # input of the linear; modulation: silu(c), shift and scale
 
-    attention = norm + T * (c * 6 * D + 4 * config.num_heads)  # inputs of the linears; q, k, v; output; log-sum-exp
-    if config.qk_norm:
-        attention += T * (2 * c * D + 16 * config.num_heads)  # normed q and k, statistics
-    modulation = c * 7 * D  # silu(c); shifts, scales, gates
-    dense = attention + modulation + norm + T * c * (2 * D + 2 * config.mlp_width)  # input, hidden twice, output
+    # Inputs of the linears; q, k, v; output; log-sum-exp.
+    attention = norm + T * (c * (4 * D + 2 * kv) + 4 * config.num_heads)
+    if config.qk_norm != "none" or config.positions != "sincos":
+        attention += T * c * (D + kv)  # q and k, normed and turned
+    if config.qk_norm != "none":
+        attention += T * (8 * (config.num_heads + config.kv_heads) if config.qk_norm == "head" else 16)  # statistics
+    modulation = c * (width + 6 * D)  # silu(c); shifts, scales, gates
+    # Input, hidden (of SwiGLU both halves and their product, else before and after), output.
+    dense = attention + modulation + norm + T * c * (2 * D + MATRICES[config.mlp] * config.mlp_width)
     routing = routing_bytes(config)
     sparse = attention + modulation + norm + moe_activations(config, precision)
 
     moe = len(config.moe_indices)
     outside = embeddings + final
     kept = outside + config.depth * T * s * D + moe * routing  # routings are returned, for the balance loss and the log
-    results = T * (c * 5 * D + 4 * config.num_heads) + c * 6 * D  # qkv, attention with log-sum-exp, out; modulation
-    sparse_results, dense_results = results + moe_products(config, precision), results + T * c * (config.mlp_width + D)
+    # qkv, attention with log-sum-exp, out; modulation.
+    results = T * (c * (3 * D + 2 * kv) + 4 * config.num_heads) + c * 6 * D
+    up = (MATRICES[config.mlp] - 1) * config.mlp_width
+    sparse_results, dense_results = results + moe_products(config, precision), results + T * c * (up + D)
     products = moe * sparse_results + (config.depth - moe) * dense_results
     largest = sparse - routing >= dense if 0 < moe < config.depth else moe > 0
     block = (sparse - routing if largest else dense) - T * s * D
@@ -236,7 +249,7 @@ def moe_activations(config: DiTConfig, precision: Precision) -> int:
     F, S, c = config.expert_width, config.shared_width, precision.compute
     router = c * D + 8 * K  # input, which is the shared expert's, too; inverse permutation
     router += 4 * (K + 1) if config.norm_topk_prob else 0  # weights before they are divided by their sum
-    hidden = {"swiglu": 3 * F, "gelu": 2 * F}[config.expert_mlp]  # gate and up, product; or before, after
+    hidden = MATRICES[config.expert_mlp] * F  # gate and up, product; or before, after
     routed = c * K * (D + hidden + D)  # input, hidden, output
     shared = c * 3 * S  # hidden
     output = c * D  # for the gradient of the gate
@@ -246,7 +259,7 @@ def moe_activations(config: DiTConfig, precision: Precision) -> int:
 def moe_products(config: DiTConfig, precision: Precision) -> int:
     """Results of one MoE layer's products, for one image: the router's, both of the experts, both of the shared one."""
     D, K, F, S = config.hidden_size, config.num_experts_per_tok, config.expert_width, config.shared_width
-    hidden = {"swiglu": 2 * F, "gelu": F}[config.expert_mlp]
+    hidden = (MATRICES[config.expert_mlp] - 1) * F
     wide = K * (hidden + D) + 2 * S + (D if S else 0)
     return tokens_per_image(config) * (4 * config.num_experts + precision.compute * wide)
 
@@ -423,9 +436,9 @@ def elementwise_bytes(config: DiTConfig, precision: Precision) -> int:
     K + 1, and 1 for the shared expert; and what each activation function takes and gives.
     """
     D, K, S = config.hidden_size, config.num_experts_per_tok, config.shared_width
-    experts = {"swiglu": 3, "gelu": 2}[config.expert_mlp] * K * config.expert_width
+    experts = MATRICES[config.expert_mlp] * K * config.expert_width
     sparse = (10 + 2 * K + K + 1 + (S > 0)) * D + experts + 3 * S
-    dense = 10 * D + 2 * config.mlp_width
+    dense = 10 * D + MATRICES[config.mlp] * config.mlp_width
     moe = len(config.moe_indices)
     return precision.compute * tokens_per_image(config) * (moe * sparse + (config.depth - moe) * dense)
 
@@ -560,7 +573,7 @@ def plan(
 
 
 PUBLISHED = (
-    ("DiT-S/2", 8),  # experts
+    ("DiT-S/2", 8),  # experts; 0: dense
     ("DiT-S/2", 16),
     ("DiT-B/2", 8),
     ("DiT-L/2", 8),
@@ -602,7 +615,8 @@ def markdown(rows: list[dict]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        name = f"`{row['model']}`, {row['num_experts']} experts" + (", QK-norm" if row["qk_norm"] else "")
+        name = f"`{row['model']}`" + (f", {row['num_experts']} experts" if row["num_experts"] else "")
+        name += ", QK-norm" if row["qk_norm"] != "none" else ""
         shape = f"{row['layers']}, {row['width']}, {row['heads']}"
         counts = f"{row['parameters']:,} | {row['activated']:,} | {row['forward_gmacs']:.2f}"
         lines.append(f"| {name} | {shape} | {counts} |")
@@ -613,7 +627,7 @@ def report(p: Plan) -> str:
     """The plan as text."""
     config, work = p.config, p.flops
     experts = f", {config.num_experts} experts, {config.num_experts_per_tok} per token" if config.num_experts else ""
-    experts += ", QK-norm" if config.qk_norm else ""
+    experts += ", QK-norm" if config.qk_norm != "none" else ""
     sizes = f"{p.batch_size} images per GPU"
     sizes += f" x {p.accum_iter} micro-batches" if p.accum_iter > 1 else ""
     across = f", experts over {p.expert_parallel}" if p.expert_parallel > 1 else ""

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import SwiGLU
 from models import DiT
-from moe import MoE, SwiGLU, SwiGLUExperts
+from moe import MoE, SwiGLUExperts
 
 
 class NaiveRouting(NamedTuple):

@@ -12,7 +12,7 @@ from conftest import Golden, read_json
 from safetensors.torch import save_file
 
 import checkpoint
-import models
+import families
 from checkpoint import DamagedCheckpoint, load_weights
 from cli import UsageError
 from models import DiT, build_model
@@ -106,8 +106,8 @@ def test_newest_good_skips_damaged_and_unfinished(tmp_path, capsys):
 
 
 def published_forms(model: DiT) -> dict:
-    names = models.to_published(model.state_dict())
-    flash = models.to_published(model.state_dict(), flash_names=True)
+    names = families.to_published(model.state_dict())
+    flash = families.to_published(model.state_dict(), flash_names=True)
     arguments = argparse.Namespace(model="DiT-Nano/2", lr=1e-4)
     zeros = {name: torch.zeros_like(t) for name, t in names.items()}
     return {
@@ -142,7 +142,7 @@ def test_every_published_form_loads(tmp_path, form, dtype):
 def test_safetensors_and_legacy_files_load(tmp_path):
     model = tiny()
     save_file(
-        {n: t.contiguous() for n, t in models.to_published(model.state_dict()).items()}, tmp_path / "m.safetensors"
+        {n: t.contiguous() for n, t in families.to_published(model.state_dict()).items()}, tmp_path / "m.safetensors"
     )
     torch.save(model.state_dict(), tmp_path / "m.pt", _use_new_zipfile_serialization=False)
     for name in ("m.safetensors", "m.pt"):

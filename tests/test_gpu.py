@@ -10,7 +10,7 @@ from test_sampling import generate, random_model
 
 import train
 from diffusion import GaussianDiffusion, RectifiedFlow
-from models import ATTENTION_BACKENDS
+from layers import ATTENTION_BACKENDS
 from moe import load_balancing_loss
 
 pytestmark = [

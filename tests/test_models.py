@@ -6,20 +6,11 @@ import pytest
 import torch
 from conftest import Golden, traces_fp32
 
-import models
+import families
 from cli import UsageError
-from models import (
-    CHECKPOINTING,
-    AdaptiveLayerNorm,
-    DiT,
-    DiT_models,
-    DiTConfig,
-    build_config,
-    build_model,
-    count_parameters,
-    from_published,
-    infer_config,
-)
+from families import DiT_models, from_published
+from kernels import AdaptiveLayerNorm
+from models import CHECKPOINTING, DiT, DiTConfig, build_config, build_model, count_parameters, infer_config
 from moe import EXPERTS, load_balancing_loss
 
 GOLDEN = ("dit_moe_timm_attention", "dit_moe_flash_attention", "dit_dense")
@@ -50,7 +41,7 @@ def test_golden_outputs_and_gradients(name, backend):
     if routings:
         loss = loss + 0.01 * load_balancing_loss(routings).sum()
     loss.backward()
-    gradients = models.to_published({n: p.grad for n, p in model.named_parameters()}, flash_names="flash" in name)
+    gradients = families.to_published({n: p.grad for n, p in model.named_parameters()}, flash_names="flash" in name)
     expected = golden.part("grad.")
     assert gradients.keys() == expected.keys()
     largest = max(reference.abs().max().item() for reference in expected.values())
@@ -109,10 +100,11 @@ def test_table_has_every_published_size():
 
 
 def test_qk_norm_is_the_default_where_it_was_published():
-    assert build_config("DiT-XL/2", num_experts=8).qk_norm and build_config("DiT-G/2", num_experts=16).qk_norm
-    assert not build_config("DiT-XL/2").qk_norm and not build_config("DiT-B/2", num_experts=8).qk_norm
-    assert not build_config("DiT-XL/2", num_experts=8, qk_norm=False).qk_norm
-    assert build_config("DiT-S/2", qk_norm=True).qk_norm
+    def of(*arguments, **options) -> str:
+        return build_config(*arguments, **options).qk_norm
+
+    assert of("DiT-XL/2", num_experts=8) == of("DiT-G/2", num_experts=16) == of("DiT-S/2", qk_norm=True) == "head"
+    assert of("DiT-XL/2") == of("DiT-B/2", num_experts=8) == of("DiT-XL/2", num_experts=8, qk_norm=False) == "none"
 
 
 def tiny(**options) -> DiT:
@@ -332,13 +324,13 @@ def test_absent_attention_package_is_named(backend):
 @pytest.mark.parametrize("flash_names", [False, True])
 def test_published_names_round_trip(flash_names):
     model = randomized(tiny(qk_norm=True))
-    published = models.to_published(model.state_dict(), flash_names)
+    published = families.to_published(model.state_dict(), flash_names)
     assert "blocks.1.moe.experts.3.up_proj.weight" in published
     assert ("blocks.0.attn.Wqkv.weight" in published) == flash_names
     other = tiny(qk_norm=True)
     other.load_state_dict({f"module._orig_mod.{name}": t for name, t in published.items() if name != "pos_embed"})
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
-    again = models.to_published(other.state_dict(), flash_names)
+    again = families.to_published(other.state_dict(), flash_names)
     assert again.keys() == published.keys() and all(torch.equal(again[n], published[n]) for n in published)
 
 
@@ -371,7 +363,7 @@ def test_gelu_experts_are_counted_and_keep_their_names():
     per_layer = 2 * 64 * 256 + 256 + 64
     total = count_parameters(dense)[0] + 3 * (3 * per_layer + 4 * 64)
     assert count_parameters(sparse) == (total, total - 3 * 2 * per_layer)
-    published = models.to_published(sparse.state_dict())
+    published = families.to_published(sparse.state_dict())
     assert published.keys() == sparse.state_dict().keys() == from_published(published).keys()
 
 
@@ -381,7 +373,7 @@ def test_inferring_names_what_is_wrong():
     shapes = {n: tuple(t.shape) for n, t in DiT(DiTConfig(2, 48, 2, 6)).state_dict().items()}
     with pytest.raises(UsageError, match="hidden size 48"):
         infer_config(shapes)
-    published = models.to_published(tiny().state_dict())
+    published = families.to_published(tiny().state_dict())
     del published["blocks.0.moe.experts.1.up_proj.weight"]
     with pytest.raises(UsageError, match=r"blocks\.0\.moe\.experts\.1\.up_proj\.weight"):
         from_published(published)

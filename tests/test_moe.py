@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from conftest import traces_fp32
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe import EXPERTS, AddBias, FP32Linear, MoE, Routing, load_balancing_loss, load_statistics, router_entropy
+from kernels import AddBias, FP32Linear
+from moe import EXPERTS, MoE, Routing, load_balancing_loss, load_statistics, router_entropy
 
 every_kind = pytest.mark.parametrize("kind", EXPERTS)
 

@@ -32,6 +32,7 @@ PUBLISHED = [  # COMPAT: experts, total, activated, forward GMAC of linear layer
     ("DiT-XL/2", 8, 4_168_172_192, 1_492_730_528, "323.74", "327.97"),
     ("DiT-G/2", 16, 16_503_731_232, 3_181_573_152, "690.94", "698.33"),
 ]
+LARGE = dict(norm="rms", positions="rope", mlp="swiglu", attention_bias=False, condition_width=32)
 VARIANTS = {
     "dense": dict(),
     "dense, QK-norm": dict(qk_norm=True),
@@ -41,6 +42,8 @@ VARIANTS = {
     "every second block": dict(num_experts=8, num_experts_per_tok=1, moe_layers="every-2", expert_ratio=2.0),
     "upcycled": dict(num_experts=4, expert_mlp="gelu", routed_scaling_factor=2.0),
     "patch 4, 3 channels": dict(num_experts=4, patch_size=4, in_channels=3),
+    "Large-DiT": LARGE | dict(qk_norm="full"),
+    "Large-DiT, sparse, fewer keys": LARGE | dict(num_experts=4, num_kv_heads=2, norm="layer", positions="rope2d"),
 }
 
 
@@ -74,7 +77,9 @@ def test_published_sizes():
 
 def test_table_is_the_readmes():
     def counts(text):
-        rows = re.findall(r"^\| `(DiT-\w+/2)`, (\d+) experts[^|]*\| ([\d, ]+) \| ([\d,]+) \| ([\d,]+) \|", text, re.M)
+        rows = re.findall(
+            r"^\| `([\w-]+/2)`(?:, (\d+) experts)?[^|]*\| ([\d, ]+) \| ([\d,]+) \| ([\d,]+) \|", text, re.M
+        )
         return sorted(rows)
 
     table = counts(planner.markdown(planner.size_table()))
@@ -162,8 +167,10 @@ def saved_bytes(module, forward) -> tuple[int, int]:
 
 def bytes_of_copies(config) -> int:
     """Of products: all but the first of the time embedding, whose input needs no gradient; of QK-norm."""
-    norms = config.qk_norm * config.depth * 2 * 2 * config.hidden_size // config.num_heads
-    return 2 * (parameter_counts(config).products - 256 * config.hidden_size + norms)
+    head = config.hidden_size // config.num_heads
+    width = {"none": 0, "head": 2 * head, "full": config.hidden_size + head * config.kv_heads}[config.qk_norm]
+    norms = config.depth * 2 * width
+    return 2 * (parameter_counts(config).products - 256 * config.modulation_width + norms)
 
 
 BATCH = 5  # unlike any width, so that no activation has the shape of a weight
@@ -196,12 +203,13 @@ def test_saved_tensors_on_a_cpu(variant, mode):
 
     model.set_checkpointing("none")
     x = torch.randn(BATCH, tokens, config.hidden_size, dtype=dtype, requires_grad=True)
-    c = torch.randn(BATCH, config.hidden_size, dtype=dtype, requires_grad=True)
+    c = torch.randn(BATCH, config.modulation_width, dtype=dtype, requires_grad=True)
+    rotation = model._rotation(x.device)
 
     def again(block):
         def forward():
             with torch.autocast("cpu", torch.bfloat16, enabled=mode == "bf16 autocast"):
-                return [routing for routing in (block(x, c)[1],) if routing is not None]
+                return [routing for routing in (block(x, c, rotation)[1],) if routing is not None]
 
         saved, _ = saved_bytes(block, forward)
         return saved - x.nbytes - c.nbytes - BATCH * block.is_moe * planner.routing_bytes(config)

@@ -9,7 +9,7 @@ import torch
 from conftest import read_json
 from PIL import Image
 
-import models
+import families
 import sample
 import sample_ddp
 import sampling
@@ -125,7 +125,7 @@ def publish(path: Path, model, rf: bool) -> Path:
     if rf:
         with torch.no_grad():
             model.final_layer.linear.weight.unflatten(0, (-1, 2, model.config.in_channels))[:, 1] = 0
-    torch.save({"ema": models.to_published(model.state_dict())}, path)
+    torch.save({"ema": families.to_published(model.state_dict())}, path)
     return path
 
 

@@ -10,6 +10,7 @@ import torch
 from conftest import Golden, read_json, script
 
 import checkpoint
+import families
 import models
 import sample
 import train
@@ -230,7 +231,7 @@ def command(monkeypatch, *flags) -> None:
 def save_as_flow(model: DiT, path, **dtype) -> None:
     """A published file of a network that was trained with rectified flow: its variance channels are zero."""
     model.final_layer.linear.weight.unflatten(0, (-1, 2, model.config.in_channels))[:, 1] = 0
-    torch.save(models.to_published(model.to(**dtype).state_dict()), path)
+    torch.save(families.to_published(model.to(**dtype).state_dict()), path)
 
 
 def test_published_file_to_checkpoint(tmp_path, monkeypatch, capsys):
@@ -316,10 +317,10 @@ def files(tmp_path) -> dict:
     paths = {name: tmp_path / f"{name}.pt" for name in ("dense", "sparse", "fresh", "one")}
     paths["exists"], paths["file"], paths["new"] = tmp_path / "exists", tmp_path / "file", tmp_path / "new"
     save_as_flow(random_model(), paths["dense"])
-    torch.save(models.to_published(random_model(num_experts=4).state_dict()), paths["sparse"])
-    torch.save(models.to_published(build_model("DiT-Nano/2", input_size=8).state_dict()), paths["fresh"])
+    torch.save(families.to_published(random_model(num_experts=4).state_dict()), paths["sparse"])
+    torch.save(families.to_published(build_model("DiT-Nano/2", input_size=8).state_dict()), paths["fresh"])
     one = random_model(num_experts=1, num_experts_per_tok=1, moe_layers="1")
-    torch.save(models.to_published(one.state_dict()), paths["one"])
+    torch.save(families.to_published(one.state_dict()), paths["one"])
     paths["recorded"] = tmp_path / "recorded.pt"
     save_as_flow(random_model(), paths["recorded"])
     record = {"format": 1, "model": random_model().config.to_dict(), "objective": RectifiedFlow().config()}

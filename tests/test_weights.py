@@ -14,6 +14,7 @@ from test_training import run_train
 
 import checkpoint
 import cli
+import families
 import models
 import sample
 import weights
@@ -54,7 +55,7 @@ def test_export_of_a_run_and_halves(images, tmp_path, monkeypatch, capsys):
     assert "blocks.2.moe.experts.3.gate_proj.weight" in outputs["ema"]
     folder = run / "checkpoints" / "0000002"
     for which in ("ema", "model"):
-        ours = models.to_published(checkpoint.read_tensors(folder, which))
+        ours = families.to_published(checkpoint.read_tensors(folder, which))
         assert all(torch.equal(outputs[which][name], ours[name]) for name in ours)
     assert any((outputs["ema"][n] != outputs["model"][n]).any() for n in outputs["ema"])
     assert all(torch.equal(outputs["half"][n], outputs["ema"][n].half()) for n in outputs["ema"])
@@ -124,7 +125,7 @@ def test_malicious_files_are_refused_on_the_command_line(tmp_path, monkeypatch, 
 
 
 def test_wrong_size_flags_are_recognised_from_the_file(tmp_path, monkeypatch, capsys):
-    torch.save(models.to_published(tiny(in_channels=3).state_dict()), tmp_path / "m.pt")
+    torch.save(families.to_published(tiny(in_channels=3).state_dict()), tmp_path / "m.pt")
     for flags, message in (
         (["--num_experts", 16], "--num_experts 16 contradicts .*which says 4"),
         (["--model", "DiT-XL/2"], "--model DiT-XL/2 contradicts .*which says DiT-Nano/2, 4 experts"),
@@ -136,7 +137,7 @@ def test_wrong_size_flags_are_recognised_from_the_file(tmp_path, monkeypatch, ca
 
 def test_deepspeed_files_load(tmp_path):
     """Its consolidated file, the sharded form with an index, and the model states of ZeRO-1 and 2."""
-    state = models.to_published(tiny().state_dict())
+    state = families.to_published(tiny().state_dict())
     names = sorted(state)
     (tmp_path / "sharded").mkdir()
     halves = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
@@ -191,7 +192,7 @@ def test_loading_needs_one_copy_in_memory(tmp_path, suffix):
     """A 240 MB file with published names, whose experts have to be stacked, takes its own size of memory, not twice."""
     config = models.DiTConfig(2, 512, 2, 8, num_experts=16, input_size=8)
     with torch.device("meta"):
-        meta = models.to_published(models.DiT(config).state_dict())
+        meta = families.to_published(models.DiT(config).state_dict())
     state = {name: torch.zeros(t.shape, dtype=torch.float16) for name, t in meta.items()}
     for expert in range(16):
         state[f"blocks.0.moe.experts.{expert}.down_proj.weight"].fill_(expert)

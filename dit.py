@@ -1,0 +1,45 @@
+"""DiT and DiT-MoE: their sizes, and the names in their files."""
+
+import re
+
+from names import NameMap, rule
+
+SIZES = {  # depth, hidden size, heads
+    "Nano": (3, 64, 4),  # for the quick start and tests; not a published size
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+    "G": (40, 1408, 16),
+}
+ROWS = {
+    f"DiT-{size}/{patch}": dict(depth=depth, hidden_size=hidden, patch_size=patch, num_heads=heads)
+    for size, (depth, hidden, heads) in SIZES.items()
+    for patch in ((2,) if size in ("Nano", "G") else (2, 4, 8))
+}
+QK_NORM = "head"
+TRAINING: dict = {}
+MARK = re.compile(r"blocks\.0\.attn\.(qkv|Wqkv)\.weight")
+
+EXPERTS = (
+    rule(
+        "blocks.{b}.moe.experts.gate_up_proj",
+        *(f"blocks.{{b}}.moe.experts.{{e}}.{kind}_proj.weight" for kind in ("gate", "up")),
+    ),
+    rule("blocks.{b}.moe.experts.down_proj", "blocks.{b}.moe.experts.{e}.down_proj.weight"),
+    rule(
+        "blocks.{b}.moe.shared_experts.gate_up_proj.weight",
+        *(f"blocks.{{b}}.moe.shared_experts.{kind}_proj.weight" for kind in ("gate", "up")),
+    ),
+)
+FLASH_ATTENTION = (  # in the files of XL and G with experts
+    rule("blocks.{b}.attn.qkv.{w}", "blocks.{b}.attn.Wqkv.{w}"),
+    rule("blocks.{b}.attn.proj.{w}", "blocks.{b}.attn.out_proj.{w}"),
+)
+NAMES_WRITTEN = NameMap(*EXPERTS)
+NAMES = FLASH_NAMES = NameMap(*EXPERTS, *FLASH_ATTENTION)  # in reading, both spellings are known
+
+
+def spells(config) -> bool:
+    """These names are this project's own: they say everything."""
+    return True

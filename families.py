@@ -1,0 +1,50 @@
+"""Families of diffusion transformers: each is a module with its sizes, its names and what it spells.
+
+What a family's module has:
+
+    ROWS             name of --model -> fields of `DiTConfig`
+    NAMES            the names in its files (`names.NameMap`); MARK, a pattern of one that no other family has
+    spells(config)   whether its names can say all that a model has
+    QK_NORM          which one its published models have, where they have one
+    TRAINING         flags of train.py whose defaults are others
+    find_folder, read_folder, known, description    where its checkpoints are folders, and what these tell
+
+The first family that recognises a file takes it; DiT takes what no other one does.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+import dit
+
+FAMILIES = (dit,)
+DiT_models: dict[str, dict] = dit.ROWS
+
+
+def family_of(names: Iterable[str]):
+    """Of the tensors of a file."""
+    plain = [name.replace("_orig_mod.", "").removeprefix("module.") for name in names]
+    return next(family for family in FAMILIES if any(family.MARK.fullmatch(name) for name in plain) or family is dit)
+
+
+def family_of_row(name: str):
+    return next(family for family in FAMILIES if name in family.ROWS)
+
+
+def from_published(
+    state_dict: Mapping[str, Tensor], device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Rename a published state dict to this project's names; one that has them already passes unchanged."""
+    return family_of(state_dict).NAMES.to_ours(state_dict, device, dtype)
+
+
+def to_published(state_dict: Mapping[str, Tensor], flash_names: bool = False, config=None) -> dict[str, Tensor]:
+    """The inverse of `from_published`, in the names of the family that has words for all of `config` (None: DiT's).
+
+    `flash_names` writes `Wqkv`/`out_proj`, as the published XL and G files of DiT-MoE have.
+    """
+    family = dit if config is None else next(family for family in FAMILIES if family.spells(config))
+    names = dit.FLASH_NAMES if family is dit and flash_names else family.NAMES_WRITTEN
+    return names.to_theirs(state_dict, config)

@@ -1,0 +1,274 @@
+"""The parts of diffusion transformers: norms, attention, positions, feed-forwards, embedders. They take plain numbers.
+
+N images · C latent channels · H, W latent size · p patch · T = H*W/p^2 tokens · D hidden width · h heads · d = D/h
+c width of the conditioning
+
+Each kind of part that a model may choose is a row of a table: `NORMS`, `QK_NORMS`, `POSITIONS`, `MLPS`.
+"""
+
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kernels
+from cli import UsageError
+from kernels import NORM_EPS, RMS_EPS, SwiGLU
+
+# --------------------------------------------------------------------------------------------------------------- norms
+
+
+class AdaptiveNorm(nn.Module):
+    """LayerNorm without parameters, then scale and shift: (N, T, D) with (N, D) each -> (N, T, D) of `dtype`."""
+
+    def __init__(self, width: int):
+        super().__init__()
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return kernels.AdaptiveLayerNorm.apply(x, shift, scale, dtype)
+
+
+class AdaptiveRMSNorm(nn.Module):
+    """The same of RMSNorm with a weight (arXiv 1910.07467), in fp32 whatever autocast says."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return kernels.AdaptiveRMSNorm.apply(x, self.weight, shift, scale, dtype)
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+
+NORMS = {"layer": AdaptiveNorm, "rms": AdaptiveRMSNorm}
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+def flash_attn_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The flash-attn package (optional), which wants (N, T, h, d)."""
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+ATTENTION_BACKENDS = {  # None: PyTorch chooses
+    "auto": None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+    "flash-attn": flash_attn_2,
+    "fa3": SDPBackend.FLASH_ATTENTION,
+    "fa4": SDPBackend.FLASH_ATTENTION,
+}
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, backend) -> Tensor:
+    """(N, h, T, d), keys and values perhaps of fewer heads -> (N, h, T, d), by a value of `ATTENTION_BACKENDS`."""
+    if callable(backend):
+        return backend(q, k, v)
+    with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def check_attention(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Try a backend on a few tokens.
+
+    Raises:
+        UsageError: it has no kernel for this device, precision or head size.
+    """
+    if name in ("auto", "math"):
+        return
+    q, k, v = (torch.randn(1, 1, 16, head_dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    try:
+        attend(q, k, v, ATTENTION_BACKENDS[name]).sum().backward()
+    except ImportError:
+        raise UsageError(f"--attention {name} needs the package: pip install {name}") from None
+    except RuntimeError:
+        what = f"{device.type}, {str(dtype).removeprefix('torch.')} and heads of {head_dim}"
+        raise UsageError(f"--attention {name} has no kernel for {what}; use auto") from None
+
+
+class QKNorm(nn.LayerNorm):
+    """LayerNorm that leaves its input in bf16, where autocast would make fp32 copies; the kernel adds up in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+QK_NORMS = ("none", "head", "full")  # of each head's query and key, or of all heads' at once
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over (N, T, D) without mask.
+
+    Args:
+        num_kv_heads: fewer keys and values than queries, each for as many heads (arXiv 2305.13245).
+        qk_norm: one of `QK_NORMS`.
+        bias: of both projections. Without, query, key and value are projections that are drawn one by one.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        qk_norm: str = "none",
+        bias: bool = True,
+    ):
+        super().__init__()
+        head, kv_heads = hidden_size // num_heads, num_kv_heads or num_heads
+        self.heads = (num_heads, kv_heads, kv_heads)
+        self.rows = [head * heads for heads in self.heads]
+        self.backend = None  # a value of ATTENTION_BACKENDS
+        self.qkv = nn.Linear(hidden_size, sum(self.rows), bias=bias)  # rows: [q; k; v] x heads x d
+        if not bias:
+            self.qkv.drawn_apart = self.rows
+        self.norms_heads = qk_norm == "head"
+        widths, eps = ((head, head), NORM_EPS) if qk_norm == "head" else (self.rows[:2], RMS_EPS)
+        self.q_norm = nn.Identity() if qk_norm == "none" else QKNorm(widths[0], eps)
+        self.k_norm = nn.Identity() if qk_norm == "none" else QKNorm(widths[1], eps)
+        self.proj = nn.Linear(hidden_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).split(self.rows, dim=-1)  # (N, T, heads * d)
+        if not self.norms_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (each.unflatten(-1, (heads, -1)) for each, heads in zip((q, k, v), self.heads, strict=True))
+        # Normed before heads and tokens change places: kernels lay their output out as q, so that it needs no copy.
+        if self.norms_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        out = attend(*(each.transpose(1, 2) for each in (q, k, v)), self.backend)  # (N, h, T, d)
+        return self.proj(out.transpose(1, 2).flatten(2))  # (N, T, D)
+
+
+# ----------------------------------------------------------------------------------------------------------- positions
+
+
+THETA = 1e4  # of rotary positions, as published
+MOST_POSITIONS = 4096  # of 1-D rotary ones, as published
+
+
+def rotary_1d(side: int, head: int, device: torch.device) -> Tensor:
+    """Rotary positions (arXiv 2104.09864) of side*side tokens in raster order: (T, d/2, 2) fp32, cosine and sine."""
+    return _rotations(torch.arange(side * side, device=device), head)
+
+
+def rotary_2d(side: int, head: int, device: torch.device) -> Tensor:
+    """The same with the first half of each head turned by the row, the second by the column."""
+    place = torch.arange(side * side, device=device)
+    return torch.cat([_rotations(place // side, head // 2), _rotations(place % side, head // 2)], dim=1)
+
+
+def _rotations(positions: Tensor, width: int) -> Tensor:
+    """(T,) -> (T, width/2, 2)."""
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
+    angles = positions.float()[:, None] * (1.0 / THETA**exponents)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair of neighbours of (N, T, h, d) by its token's angles; in fp32, whatever autocast says."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (N, T, h, d/2)
+    cos, sin = rotation.unsqueeze(1).unbind(-1)  # (T, 1, d/2)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+POSITIONS = {"sincos": None, "rope": rotary_1d, "rope2d": rotary_2d}  # how a token knows its place: a table, rotations
+
+# --------------------------------------------------------------------------------------------------------- feed-forward
+
+
+class GELUMLP(nn.Module):
+    """The dense DiT's two-layer perceptron with tanh-GELU."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, width)
+        self.fc2 = nn.Linear(width, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SwiGLUMLP(nn.Module):
+    """down(silu(gate x) * up x) without biases (arXiv 2002.05202); gate and up are one product."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.gate_up_proj.drawn_apart = [width, width]
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(SwiGLU.apply(self.gate_up_proj(x)))
+
+
+MLPS = {"gelu": GELUMLP, "swiglu": SwiGLUMLP}
+
+# ---------------------------------------------------------------------------------------------------------- embeddings
+
+
+class PatchEmbed(nn.Module):
+    """Cut a latent into p x p patches and project each: (N, C, H, W) -> (N, T, D), row by row."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Contiguous: sums take after their first operand, so all blocks would work on a transposed residual stream.
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
+
+
+def timestep_embedding(t: Tensor, dim: int = 256) -> Tensor:
+    """(N,) -> (N, dim) fp32, [cos | sin] of t * 10000^(-k / (dim/2)) (arXiv 1706.03762, with cosines first)."""
+    half = dim // 2
+    # Rounded in this order as the published weights saw it: near t = 1000 another order moves the angles by 5e-5.
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Network time (N,) -> (N, c)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (N,) -> (N, c); the last row is the null class where the model has one.
+
+    Dropping labels is the training loop's business, so that a forward pass has no randomness of its own.
+    """
+
+    def __init__(self, num_labels: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_labels, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+def position_embedding(hidden_size: int, side: int) -> Tensor:
+    """(1, side*side, D) fixed sine-cosine: the first half of D from the column, the second from the row."""
+    frequencies = 10000.0 ** (-torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
+    columns = line[None, :, :].expand(side, side, -1)
+    rows = line[:, None, :].expand(side, side, -1)
+    return torch.cat([columns, rows], dim=2).flatten(0, 1)[None].float()
