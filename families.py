@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 import dit
+import large_dit
 
-FAMILIES = (dit,)
-DiT_models: dict[str, dict] = dit.ROWS
+FAMILIES = (large_dit, dit)
+DiT_models: dict[str, dict] = dit.ROWS | large_dit.ROWS
 
 
 def family_of(names: Iterable[str]):

@@ -579,6 +579,9 @@ PUBLISHED = (
     ("DiT-L/2", 8),
     ("DiT-XL/2", 8),
     ("DiT-G/2", 16),
+    ("Large-DiT-600M/2", 0),
+    ("Large-DiT-3B/2", 0),
+    ("Large-DiT-7B/2", 0),
 )
 
 

@@ -105,6 +105,8 @@ def test_qk_norm_is_the_default_where_it_was_published():
 
     assert of("DiT-XL/2", num_experts=8) == of("DiT-G/2", num_experts=16) == of("DiT-S/2", qk_norm=True) == "head"
     assert of("DiT-XL/2") == of("DiT-B/2", num_experts=8) == of("DiT-XL/2", num_experts=8, qk_norm=False) == "none"
+    assert of("Large-DiT-3B/2") == of("Large-DiT-3B/2", num_experts=8) == "none"
+    assert of("Large-DiT-3B/2", qk_norm=True) == "full"
 
 
 def tiny(**options) -> DiT:

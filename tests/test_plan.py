@@ -31,6 +31,9 @@ PUBLISHED = [  # COMPAT: experts, total, activated, forward GMAC of linear layer
     ("DiT-L/2", 8, 2_823_764_000, 1_011_824_672, "219.26", "222.48"),
     ("DiT-XL/2", 8, 4_168_172_192, 1_492_730_528, "323.74", "327.97"),
     ("DiT-G/2", 16, 16_503_731_232, 3_181_573_152, "690.94", "698.33"),
+    ("Large-DiT-600M/2", 0, 609_738_272, 609_738_272, "116.14", "119.36"),
+    ("Large-DiT-3B/2", 0, 4_237_430_816, 4_237_430_816, "928.36", "941.25"),
+    ("Large-DiT-7B/2", 0, 7_293_295_648, 7_293_295_648, "1658.72", "1675.90"),
 ]
 LARGE = dict(norm="rms", positions="rope", mlp="swiglu", attention_bias=False, condition_width=32)
 VARIANTS = {

@@ -1,0 +1,288 @@
+"""Large-DiT against the public code: outputs, guidance, gradients, folders; and the same scripts for it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Golden
+
+import checkpoint
+import families
+import large_dit
+from cli import UsageError
+from diffusion import classifier_free_guidance
+from models import DiT, build_config, count_parameters, infer_config
+from moe import load_balancing_loss
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def tiny(**options):
+    """The golden models' shape: 2 layers of width 32, 4 heads, 4 x 8 x 8 latents, 10 classes."""
+    fields = {"depth": 2, "hidden_size": 32, "num_heads": 4, "condition_width": 32, "mlp_multiple": 16}
+    return build_config("Large-DiT-600M/2", **(fields | {"input_size": 8, "num_classes": 10} | options))
+
+
+def randomized(model: DiT) -> DiT:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + (parameter.ndim == 1) * 0.5)
+    return model.eval()
+
+
+def inputs(config, batch: int = 4):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 4, config.input_size, config.input_size, generator=generator)
+    return x, torch.linspace(0, 999, batch), torch.arange(batch) % config.num_classes
+
+
+# -------------------------------------------------------------------------------------------------------- the function
+
+
+def test_golden_outputs_guidance_and_gradients():
+    golden = Golden("large_dit")
+    model = DiT(tiny(qk_norm=True))
+    model.load_state_dict(golden.part("model."))
+    x, t, y = golden["in.x"], golden["in.t"], golden["in.y"]
+    torch.testing.assert_close(model.eval()(x, t, y), golden["out.eval"], rtol=0, atol=1e-5)
+
+    half = len(x) // 2
+    denoise = classifier_free_guidance(
+        lambda x, _, y: model(x, t[:half].repeat(2), y), y[:half], model.config.null_class, 2.5, 3, time_scale=1000.0
+    )
+    expected = golden["out.cfg"]  # both halves guided alike, the rest of each its own
+    torch.testing.assert_close(denoise(x[:half], 0.0), expected[:half], rtol=0, atol=1e-5)
+
+    out = model.train()(x, t, y)
+    torch.testing.assert_close(out, golden["out.train"], rtol=0, atol=1e-5)
+    (out * golden["in.out_weight"]).mean().backward()
+    gradients = families.to_published({n: p.grad for n, p in model.named_parameters()}, config=model.config)
+    expected = golden.part("grad.")
+    assert gradients.keys() == expected.keys()
+    for name, reference in expected.items():
+        error = (gradients[name] - reference).abs().max()
+        if not name.endswith("k_norm.bias"):  # it moves no softmax: all rounding, without rotations
+            assert error <= 2e-5 * reference.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    ("size", "plain", "normed"),
+    [
+        ("600M", 609_738_272, 609_836_576),
+        ("3B", 4_237_430_816, 4_237_824_032),
+        ("7B", 7_293_295_648, 7_293_819_936),
+    ],
+)
+def test_published_sizes(size, plain, normed):
+    for name in (f"Large-DiT-{size}/2", f"DiT_Llama_{size}_patch2"):
+        with torch.device("meta"):
+            counts = [count_parameters(DiT(build_config(name, qk_norm=qk_norm)))[0] for qk_norm in (False, True)]
+        assert counts == [plain, normed]
+
+
+def naive_rotation(x, rotation):
+    """(N, T, h, d) by complex numbers, as the public code has it."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.view_as_complex(rotation.contiguous())[:, None]).flatten(-2)
+
+
+def test_rotary_positions():
+    from layers import rotary_1d, rotary_2d, rotate
+
+    x = torch.randn(2, 16, 3, 8)
+    for table in (rotary_1d(4, 8, x.device), rotary_2d(4, 8, x.device)):
+        assert table.shape == (16, 4, 2)
+        torch.testing.assert_close(rotate(x, table), naive_rotation(x, table))
+        torch.testing.assert_close(rotate(x, table).norm(dim=-1), x.norm(dim=-1))
+    line = rotary_1d(4, 8, x.device)
+    assert torch.allclose(
+        line[5, 1],
+        torch.tensor([5 / 10.0]).cos().repeat(2) * 0
+        + torch.stack([torch.tensor(5 / 10.0).cos(), torch.tensor(5 / 10.0).sin()]),
+    )
+    plane = rotary_2d(4, 8, x.device)
+    rows, columns = plane[:, :2].unflatten(0, (4, 4)), plane[:, 2:].unflatten(0, (4, 4))
+    assert torch.equal(rows, rows[:, :1].expand_as(rows)) and torch.equal(columns, columns[:1].expand_as(columns))
+    # What attention sees is the distance: q and k turned by 3 and 1, or by 2 and 0, meet at the same angle.
+    q, k = torch.randn(1, 1, 1, 8).expand(1, 16, 1, 8), torch.randn(1, 1, 1, 8).expand(1, 16, 1, 8)
+    q, k = rotate(q, line)[0, :, 0], rotate(k, line)[0, :, 0]
+    torch.testing.assert_close(q[3] @ k[1], q[2] @ k[0])
+
+
+OPTIONS = [
+    dict(norm="rms"),
+    dict(positions="rope", qk_norm="full"),
+    dict(positions="rope2d", qk_norm="head"),
+    dict(mlp="swiglu", attention_bias=False),
+    dict(num_kv_heads=2, qk_norm="full"),
+    dict(num_kv_heads=1, qk_norm="head", positions="rope"),
+    dict(condition_width=16, norm="rms", positions="rope2d", mlp="swiglu"),
+]
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_part_with_and_without_experts(options, experts):
+    """Trains, in bf16 too; names, counts and configuration survive a file."""
+    config = build_config("DiT-Nano/2", input_size=8, num_classes=10, num_experts=experts, **options)
+    model = randomized(DiT(config))
+    batch = inputs(config)
+    out, routings = model(*batch, return_routing=True)
+    loss = out.square().mean() + (load_balancing_loss(routings).sum() if routings else 0)
+    loss.backward()
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() and p.grad.any()
+        for n, p in model.named_parameters()
+        if not n.endswith(("k_norm.bias", "y_embedder.embedding_table.weight"))
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        close = model(*batch)
+    assert (close.float() - out).abs().mean() < 0.05 * out.abs().mean()
+    assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    unseen = {name: getattr(config, name) for name in ("positions", "mlp_ratio", "mlp_multiple", "mlp")}
+    assert infer_config(shapes, **({"input_size": 8} | unseen)) == config
+
+
+def test_fewer_keys_are_the_same_keys_for_several_heads():
+    narrow = randomized(DiT(tiny(num_kv_heads=2)))
+    wide = DiT(tiny())
+    state = narrow.state_dict()
+    for name, tensor in state.items():
+        if name.endswith("qkv.weight"):
+            q, k, v = tensor.split([32, 16, 16])
+            k, v = (part.unflatten(0, (2, 8)).repeat_interleave(2, dim=0).flatten(0, 1) for part in (k, v))
+            state[name] = torch.cat([q, k, v])
+    wide.load_state_dict(state)
+    torch.testing.assert_close(wide.eval()(*inputs(wide.config)), narrow(*inputs(wide.config)), rtol=1e-5, atol=1e-6)
+
+
+def test_the_modulated_rms_norm_against_plain_autograd():
+    from kernels import AdaptiveRMSNorm
+
+    x, weight, shift, scale = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5, 8), (8,), (3, 8), (3, 8))
+    )
+
+    def plain(x, weight, shift, scale):
+        normed = x / (x.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight
+        return normed * (1 + scale[:, None]) + shift[:, None]
+
+    arguments = [each.detach().float().requires_grad_() for each in (x, weight, shift, scale)]
+    out, expected = AdaptiveRMSNorm.apply(*arguments, torch.float32), plain(x, weight, shift, scale)
+    torch.testing.assert_close(out, expected.float())
+    direction = torch.randn_like(expected)
+    expected.backward(direction)
+    out.backward(direction.float())
+    for ours, theirs in zip(arguments, (x, weight, shift, scale), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(input_size=130, positions="rope"), "4096 positions, an input of 130x130 in patches of 2 has 4225"),
+        (dict(num_kv_heads=3), "num_kv_heads 3 must divide num_heads 4"),
+        (dict(norm="batch"), "unknown norm 'batch'"),
+        (dict(qk_norm="half"), "unknown qk_norm 'half'"),
+        (dict(hidden_size=24, num_heads=4, positions="rope2d"), "heads of 6 cannot be cut into pairs"),
+    ],
+)
+def test_wrong_parts_are_named(options, message):
+    with pytest.raises(UsageError, match=message):
+        build_config("DiT-Nano/2", **options)
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+@pytest.fixture
+def heads(monkeypatch):
+    """The golden folders' model is in no table."""
+    monkeypatch.setitem(large_dit.ROWS, "DiT_Llama_Tiny_patch2", large_dit.COMMON | {"num_heads": 4})
+
+
+def folder(tmp_path: Path, name: str) -> Path:
+    return Path(shutil.copytree(GOLDEN / name, tmp_path / name))
+
+
+def evaluated(weights: checkpoint.Weights) -> DiT:
+    model = DiT(weights.config)
+    checkpoint.load_into(model, weights)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["large_dit_ckpt_1way", "large_dit_ckpt_2way"])
+@pytest.mark.parametrize("which", ["model", "ema"])
+def test_published_folders(heads, name, which):
+    expected = Golden(f"{name}.expected")
+    weights = checkpoint.load_weights(GOLDEN / name, which)
+    assert weights.record["space"] == {"path": "ema"} and weights.record["image_size"] == 64
+    assert weights.objective == {"name": "ddpm"}
+    out = evaluated(weights)(expected["in.x"], expected["in.t"], expected["in.y"])
+    reference = expected["out.eval" if which == "model" else "out.ema_eval"]
+    torch.testing.assert_close(out, reference, rtol=0, atol=1e-5 * reference.abs().max().item())
+
+
+def test_split_qk_norm_is_refused(heads):
+    with pytest.raises(UsageError, match="split over 2 processes and has QK-norm"):
+        checkpoint.load_weights(GOLDEN / "large_dit_ckpt_2way_qknorm")
+
+
+def spoil(path: Path, change) -> None:
+    loaded = {name: tensor.clone() for name, tensor in checkpoint.load_pickle(path).items()}  # off the file
+    change(loaded)
+    torch.save(loaded, path)
+
+
+def test_what_is_wrong_with_a_folder_is_said(heads, tmp_path):
+    def refused(path: Path) -> str:
+        with pytest.raises(UsageError) as error:
+            evaluated(checkpoint.load_weights(path, "model"))
+        return str(error.value)
+
+    two = folder(tmp_path, "large_dit_ckpt_2way")
+    spoil(two / "consolidated.01-of-02.pth", lambda s: s.update({"layers.0.attention.wo.weight": torch.zeros(32, 9)}))
+    assert "layers.0.attention.wo.weight is (32, 9), in consolidated.00-of-02.pth (32, 16)" in refused(two)
+    spoil(two / "consolidated.01-of-02.pth", lambda s: s.pop("layers.0.attention.wo.weight"))
+    assert "consolidated.01-of-02.pth lacks layers.0.attention.wo.weight" in refused(two)
+    (two / "consolidated.01-of-02.pth").unlink()
+    assert "lacks consolidated.01-of-02.pth: 1 of 2 parts are there" in refused(two)
+
+    one = folder(tmp_path, "large_dit_ckpt_1way")
+    (one / "model_args.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "model_args.pth is a Git-LFS pointer" in refused(one)
+    torch.save(Path("evil"), one / "model_args.pth")
+    assert "refused to load" in refused(one) and "only tensors and argparse.Namespace" in refused(one)
+    torch.save({"model": "x"}, one / "model_args.pth")
+    assert "holds a dict, not a Namespace" in refused(one)
+    for path in one.glob("consolidated*"):
+        path.unlink()
+    assert "no consolidated.00-of-01.pth: download the weights too" in refused(one)
+
+
+def test_a_run_folder_gives_its_newest_whole_checkpoint(heads, tmp_path):
+    checkpoints = tmp_path / "results" / "checkpoints"
+    for number in ("0000010", "0000020", "0000100"):
+        shutil.copytree(GOLDEN / "large_dit_ckpt_2way", checkpoints / number)
+    (checkpoints / "0000100" / "model_args.pth").unlink()  # it is written last
+    (checkpoints / "0000020" / "consolidated_ema.01-of-02.pth").unlink()
+    weights = checkpoint.load_weights(tmp_path / "results", "model")
+    assert weights.source.parent.name == "0000020"
+    only_ema = folder(tmp_path, "large_dit_ckpt_1way")
+    (only_ema / "consolidated.00-of-01.pth").unlink()
+    assert checkpoint.load_weights(only_ema, "model").source.name == "consolidated_ema.00-of-01.pth"
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_names_round_trip(experts):
+    model = randomized(DiT(tiny(qk_norm=True, num_kv_heads=2, num_experts=experts)))
+    published = families.to_published(model.state_dict(), config=model.config)
+    assert all(name.startswith(("layers.", "x_embedder.", "t_", "y_", "final_")) for name in published)
+    assert "x_embedder.weight" in published and published["layers.0.attention.wk.weight"].shape == (16, 32)
+    again = families.from_published(published)
+    state = model.state_dict()
+    assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
