@@ -1,5 +1,6 @@
 """What the experts did: tallies against slow loops, information against known cases, maps, the page in a browser."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -604,3 +605,58 @@ def test_the_page_in_a_browser(browser, tmp_path):
     asked = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
     own = ("data:", "blob:", "chrome:", "chrome-untrusted:", "chrome-extension:")  # the browser's first page, too
     assert [url for url in asked if not url.startswith(own)] == [path.with_suffix(".html").as_uri()]
+
+
+# -------------------------------------------------------------------------------------- what no other test would notice
+
+
+def test_edges_of_what_is_stored():
+    config = build_config("DiT-Nano/2", num_experts=256)
+    assert routing.stored_dtype("examples", config) is np.uint16  # 1 + 255 does not fit into eight bits
+    assert routing.stored_dtype("examples", dataclasses.replace(config, num_experts=255)) is np.uint8
+    unit = routing.PROBABILITY_UNIT
+    assert routing.in_units(torch.tensor([0.6 * unit, 1.4 * unit])).tolist() == [1, 1]
+    model, labels = random_model(), [0, 1]
+    weak = sampling.Settings(3, "euler", cfg_scale=0.5)
+    assert len(routing.recording(model, RectifiedFlow(), labels, weak).tally.sums["step_counts"]) == 2
+
+
+def test_sums_over_bins_steps_and_halves():
+    """Against plain numpy, on counts that differ from bin to bin and half to half."""
+    data, rng = synthetic(), np.random.default_rng(0)
+    for name, array in data.arrays.items():
+        if name.endswith("_counts"):
+            data.arrays[name] = rng.integers(1, 50, array.shape)
+        if name.endswith("_probs"):
+            data.arrays[name] = rng.random(array.shape)
+    assert [data.half(name) for name in ("conditional", "unconditional")] == [0, 1]
+    for half in (0, 1):
+        for by in ("class", "patch"):
+            counts = data[f"{by}_counts"][half]
+            assert np.array_equal(data.counts(by, half), counts.sum(axis=1))
+            weighted = (data[f"{by}_probs"][half] * counts.sum(axis=-1, keepdims=True)).sum(axis=1)
+            assert np.allclose(data.shares(by, half, "probability"), weighted / weighted.sum(axis=-1, keepdims=True))
+        steps = data["step_counts"][half]
+        assert np.array_equal(data.counts("layer", half)[:, 0], steps.sum(axis=1))
+        weighted = (data["step_probs"][half] * steps.sum(axis=-1, keepdims=True)).sum(axis=1)
+        shares = data.shares("layer", half, "probability")[:, 0]
+        assert np.allclose(shares, weighted / weighted.sum(axis=-1, keepdims=True))
+        numbers = data.layer_numbers(half)
+        assert np.array_equal(numbers["position_bits"], mutual_information(data.counts("patch", half)))
+        assert np.array_equal(numbers["time_bits"], mutual_information(data.counts("step", half)))
+
+
+def test_an_expert_with_next_to_no_load_is_dead():
+    data = synthetic()
+    counts = data.arrays["step_counts"] = np.full(data["step_counts"].shape, 1000)
+    counts[..., 0] = 1
+    assert data.layer_numbers(0)["dead"].tolist() == [1] * len(data.about["layers"])
+
+
+def test_patches_that_make_no_square_are_refused(tmp_path):
+    data = synthetic()
+    for name, axis in (("patch_counts", 3), ("patch_probs", 3), ("examples", 4)):
+        data.arrays[name] = np.delete(data[name], 0, axis=axis)
+    data.save(tmp_path / "data.npz")
+    with pytest.raises(UsageError, match="15 patches no square"):
+        RoutingData.load(tmp_path / "data.npz")

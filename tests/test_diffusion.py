@@ -604,3 +604,30 @@ Y = torch.zeros(2, dtype=torch.int64)
 def test_usage_errors(message, action):
     with pytest.raises(UsageError, match=message):
         action()
+
+
+# -------------------------------------------------------------------------------------- what no other test would notice
+
+
+def test_prior_of_the_bound():
+    """KL from what is left of the data at the last step to pure noise, in bits per dimension."""
+    diffusion = GaussianDiffusion(num_timesteps=30)
+    x0 = torch.rand(3, 2, 4, 4) * 2 - 1
+    network = lambda x, t: torch.zeros(3, 4, 4, 4)  # noqa: E731
+    prior = diffusion.bits_per_dim(network, x0, lambda: torch.randn(3, 2, 4, 4))["prior"]
+    last = diffusion.schedule.step(29)
+    expected = kl_divergence(Normal(last.signal * x0, last.noise_level), Normal(0.0, 1.0)).flatten(1).mean(1)
+    torch.testing.assert_close(prior, expected / math.log(2), rtol=1e-4, atol=1e-6)
+
+
+def test_guidance_of_a_network_in_half_precision_rounds_once():
+    conditional, null = torch.randn(2, 4, 3, 3).bfloat16(), torch.randn(2, 4, 3, 3).bfloat16()
+    denoise = classifier_free_guidance(lambda x, t, y: torch.cat([conditional, null]), torch.zeros(2).long(), 1, 7.5)
+    expected = null.float() + 7.5 * (conditional.float() - null.float())
+    assert torch.equal(denoise(torch.zeros(2, 4, 3, 3), 0.5), expected)
+
+
+def test_a_stride_counts_the_step_at_zero():
+    assert spaced_timesteps(1000, "ddim334") == list(range(0, 1000, 3))
+    with pytest.raises(UsageError, match="no whole stride takes exactly 333 steps"):
+        spaced_timesteps(1000, "ddim333")

@@ -825,3 +825,41 @@ def test_metrics_while_two_processes_train(sharing, images, reference, tmp_path)
     alone = [row for row in metrics(run_train(images, *flags)) if "metrics/fd_pixels" in row]
     for one, two in zip(alone, found, strict=True):
         assert two == pytest.approx(one, rel=1e-3)
+
+
+# -------------------------------------------------------------------------------------- what no other test would notice
+
+
+def test_factors_of_covariances(monkeypatch):
+    """Eigensolvers get a symmetric part without zero rows, of largest entry 1; small eigenvalues count."""
+    seen, solve = [], scores._eigh
+    monkeypatch.setattr(scores, "_eigh", lambda matrix: seen.append(matrix) or solve(matrix))
+    small = torch.zeros(6, 6, dtype=torch.float64)
+    small[1:4, 1:4] = 1e-7 * (torch.eye(3) + 0.5)
+    small[1, 2] += 1e-9  # a rounding that is not symmetric
+    factor = scores._factor(small)
+    assert seen[0].shape == (3, 3) and seen[0].max() == 1 and torch.equal(seen[0], seen[0].T)
+    torch.testing.assert_close(factor @ factor.T, (small + small.T) / 2, rtol=1e-12, atol=0)
+    one, other = torch.diag(torch.tensor([1, 1e-6])).double(), torch.diag(torch.tensor([1, 4e-6])).double()
+    assert frechet_distance(torch.zeros(2), one, torch.zeros(2), other) == pytest.approx(1e-6, rel=1e-6)
+
+
+def test_a_broken_decomposition_is_no_distance(monkeypatch):
+    values = scores._singular_values
+    monkeypatch.setattr(scores, "_singular_values", lambda matrix: 2 * values(matrix))
+    with pytest.raises(AssertionError, match="a distance of -"):
+        frechet_distance(torch.zeros(2), torch.eye(2), torch.zeros(2), torch.eye(2))
+
+
+def test_a_class_that_no_image_shows_changes_no_inception_score():
+    logits = torch.tensor([[0.0, 1.0], [2.0, 0.0], [0.5, 0.5]])
+    absent = torch.cat([logits, torch.full((3, 1), -2000.0)], dim=1)
+    assert inception_score(absent) == pytest.approx(inception_score(logits), rel=1e-12)
+
+
+def test_pixels_and_shifts_of_the_judge():
+    images = np.zeros((1, 4, 4, 3), dtype=np.uint8)
+    images[0, 1, 1] = 255
+    assert scores.pixel_features(images).max() == 1
+    for down, right in scores.SHIFTS:
+        assert np.argwhere(scores._shifted(images, down, right)[0, :, :, 0]).tolist() == [[1 + down, 1 + right]]

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from conftest import traces_fp32
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import kernels
 from kernels import AddBias, FP32Linear
+from models import build_model
 from moe import EXPERTS, MoE, Routing, load_balancing_loss, load_statistics, router_entropy
 
 every_kind = pytest.mark.parametrize("kind", EXPERTS)
@@ -318,3 +320,61 @@ def test_load_statistics_and_entropy():
     with torch.no_grad():
         moe.gate.weight[0] = 1e4
     assert router_entropy([moe(torch.rand(1, 4, 8) + 1)[1]]).tolist() == pytest.approx([0.0])
+
+
+# -------------------------------------------------------------------------------------- what no other test would notice
+
+
+def test_assignments_of_an_expert_keep_their_order():
+    order, offsets = kernels.sort_by_expert(torch.arange(4000).view(-1, 2) % 3, num_experts=3)
+    for segment in order.tensor_split(offsets[:-1].tolist()):
+        assert torch.equal(segment, segment.sort().values)
+    for experts in (256, 257):  # the edge of the narrow keys
+        order, offsets = kernels.sort_by_expert(torch.arange(experts).flip(0).view(-1, 1), num_experts=experts)
+        assert order.tolist() == list(range(experts))[::-1] and offsets.tolist() == list(range(1, experts + 1))
+
+
+def test_gradients_of_routing_weights_add_up_in_fp32():
+    y = torch.randn(64, 512).bfloat16()
+    weights = torch.ones(64, 1, requires_grad=True)
+    order = torch.arange(64)
+    direction = torch.randn(64, 512).bfloat16()
+    kernels.Combine.apply(y, weights, order, order).backward(direction)
+    exact = (direction * y).double().sum(dim=1)
+    assert (weights.grad[:, 0] - exact).abs().max() < 1e-3  # in bf16 it is off by .1
+
+
+def test_the_precision_of_products_is_that_of_autocast():
+    weight, moe = torch.zeros(2, 2), MoE(16, 16, 2, 1)
+    moe.init_weights()
+    assert kernels.compute_dtype(weight) == torch.float32 and moe(torch.randn(3, 16))[0].dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.compute_dtype(weight) == torch.bfloat16 and moe(torch.randn(3, 16))[0].dtype == torch.bfloat16
+
+
+def test_compiled_sums_are_not_widened_by_autocast(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    rows, places = torch.randn(4, 8).bfloat16(), torch.tensor([[0, 1], [2, 3]])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.gather_sum(rows, places, torch.rand(2, 2).bfloat16()).dtype == torch.bfloat16
+
+
+def test_widths_of_initial_weights():
+    """Xavier's bound of each projection on its own, Kaiming's of the gate: sqrt(6 / (in + out)), 1 / sqrt(in)."""
+    moe = MoE(64, 128, 4, 2, shared_width=256)
+    model = build_model("DiT-Nano/2", num_experts=4)
+    moe.init_weights()
+    shared = model.blocks[0].moe.shared_experts
+    for weights, bound in (
+        (moe.gate.weight, 1 / 8),
+        (moe.experts.gate_up_proj, (6 / (64 + 128)) ** 0.5),
+        (moe.experts.down_proj, (6 / (64 + 128)) ** 0.5),
+        (shared.gate_up_proj.weight, (6 / (64 + 128)) ** 0.5),  # two shared experts of width 64
+    ):
+        assert 0.9 * bound < weights.abs().max() <= bound
+
+
+def test_entropy_of_one_expert_is_none():
+    moe = MoE(16, 16, 1, 1)
+    moe.init_weights()
+    assert router_entropy([moe(torch.randn(5, 16))[1]]).tolist() == [0]
