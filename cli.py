@@ -80,6 +80,17 @@ def number_in(low: float, high: float):
     return number
 
 
+def only(value: str, why: str):
+    """An argparse type for a published flag of which one value alone makes sense here."""
+
+    def check(text: str) -> str:
+        if text != value:
+            raise argparse.ArgumentTypeError(f"only {value} is possible here ({why}), got {text!r}")
+        return text
+
+    return check
+
+
 def unknown_name(kind: str, name: str, known) -> UsageError:
     """The error for a name that is in no table: lists the nearest ones, or all."""
     near = get_close_matches(name, known, n=3, cutoff=0.5)
@@ -121,9 +132,10 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("usage", "%(prog)s [flags]")
         super().__init__(allow_abbrev=False, **kwargs)
 
-    def add_switch(self, group, flag: str, default: bool | None, help: str) -> None:
+    def add_switch(self, group, flag: str, default: bool | None, help: str, *aliases: str) -> None:
         """A flag that takes an optional True or False."""
-        group.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help)
+        options = {"type": boolean, "nargs": "?", "const": True, "default": default, "metavar": "BOOL", "help": help}
+        group.add_argument(flag, *aliases, **options)
 
     def parse_known_args(self, args=None, namespace=None):
         args = [self._spelling(str(arg)) for arg in (sys.argv[1:] if args is None else args)]

@@ -600,6 +600,11 @@ class LatentVAE(SpaceInfo):
             return self.vae.decode(latents.float() / self.scaling_factor + self.shift_factor).sample.clamp(-1, 1)
 
 
+def vae_below(root: str | None, vae_path: str) -> str:
+    """Where `mse` and `ema` are, for those who keep copies of the hub's models below a folder (None: on the hub)."""
+    return os.path.join(root, VAE_NAMES[vae_path]) if root is not None and vae_path in VAE_NAMES else vae_path
+
+
 def load_space(vae_path: str) -> PixelSpace | LatentVAE:
     """The autoencoder of `--vae-path`, on the CPU."""
     return PixelSpace() if vae_path == "none" else LatentVAE(vae_path)

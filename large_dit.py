@@ -16,14 +16,19 @@ from torch import Tensor
 from cli import UsageError
 from names import NameMap, rule
 
-SIZES = {"600M": (16, 1536), "3B": (32, 3072), "7B": (32, 4096)}  # depth, hidden size; 32 heads
+SIZES = {  # depth, hidden size, heads
+    "Nano": (3, 64, 4),  # for tests and toys; not a published size
+    "600M": (16, 1536, 32),
+    "3B": (32, 3072, 32),
+    "7B": (32, 4096, 32),
+}
 COMMON = {
-    **{"patch_size": 2, "num_heads": 32, "norm": "rms", "positions": "rope", "mlp": "swiglu"},
+    **{"patch_size": 2, "norm": "rms", "positions": "rope", "mlp": "swiglu"},
     **{"attention_bias": False, "mlp_multiple": 256},
 }
 ROWS = {
-    name: {"depth": depth, "hidden_size": width, "condition_width": min(width, 1024), **COMMON}
-    for size, (depth, width) in SIZES.items()
+    name: {"depth": depth, "hidden_size": width, "num_heads": heads, "condition_width": min(width, 1024), **COMMON}
+    for size, (depth, width, heads) in SIZES.items()
     for name in (f"Large-DiT-{size}/2", f"DiT_Llama_{size}_patch2")
 }
 QK_NORM = "full"

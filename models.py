@@ -7,6 +7,7 @@ checkpoints, except that experts are stacked; `load_state_dict` takes both spell
 published one.
 """
 
+import argparse
 import functools
 import math
 import re
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from typing_extensions import TypedDict
 
-from cli import UsageError, unknown_name
+from cli import Parser, UsageError, boolean, natural_int, number_in, positive_int, unknown_name
 from families import DiT_models, family_of_row, from_published
 from kernels import AdaptiveLayerNorm, compute_dtype
 from layers import (
@@ -245,6 +246,50 @@ def row_name(config: DiTConfig) -> str | None:
     """The row of `DiT_models` that a configuration has, or None."""
     rows = (name for name, row in DiT_models.items() if all(getattr(config, key) == row[key] for key in row))
     return next(rows, None)
+
+
+def qk_norm(text: str) -> str | bool:
+    """One of `QK_NORMS`, or as for a switch: True for the kind of the family."""
+    if text in QK_NORMS:
+        return text
+    try:
+        return boolean(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected {', '.join(QK_NORMS)}, True or False, got {text!r}") from None
+
+
+MODEL_FLAGS = {  # field of DiTConfig: options of its flag, which has its name
+    "num_classes": dict(type=positive_int, help="labels; the data may have fewer (train.py: as many as it has)"),
+    "class_dropout_prob": dict(type=number_in(0, 1), help="labels dropped, for guidance (default: 0.1)"),
+    "num_experts": dict(type=natural_int, help="routed experts per MoE layer (default: 0, a dense model)"),
+    "num_experts_per_tok": dict(type=positive_int, help="experts that each token goes to (default: 2)"),
+    "num_shared_experts": dict(type=natural_int, help="always-on experts of width D (default: 2)"),
+    "expert_ratio": dict(type=number_in(0, 1e3), help="width of a routed expert over D (default: 4)"),
+    "moe_layers": dict(help="all, every-N, deep-half, shallow-half, or 0,2,5 (default: all)"),
+    "norm_topk_prob": dict(type=boolean, nargs="?", const=True, help="divide a token's routing weights by their sum"),
+    "norm": dict(choices=NORMS, help="before attention and feed-forward (default: layer; Large-DiT: rms)"),
+    "positions": dict(choices=POSITIONS, help="a table, or rotations of query and key (sincos; Large-DiT: rope)"),
+    "mlp": dict(choices=MLPS, help="of blocks without experts (default: gelu; Large-DiT: swiglu)"),
+    "num_kv_heads": dict(type=positive_int, help="heads of keys and values (default: as many as of queries)"),
+    "qk_norm": dict(
+        type=qk_norm,
+        nargs="?",
+        const=True,
+        metavar="KIND",
+        help="none, head, full, or True for the family's (default: none; XL and G with experts: head, as published)",
+    ),
+}
+
+
+def add_model_arguments(parser: Parser):
+    """`--model`, and `MODEL_FLAGS`, whose default is None: not said. Returns the group, for more."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", help="row of the table of sizes: DiT-{S,B,L,XL}/{2,4,8}, DiT-G/2, Large-DiT-{600M,3B,7B}/2 (DiT-S/2)"
+    )
+    for name, options in MODEL_FLAGS.items():
+        group.add_argument(f"--{name}" if name.startswith("num_") else f"--{name.replace('_', '-')}", **options)
+    return group
 
 
 def build_model(name: str, **options) -> "DiT":

@@ -23,13 +23,22 @@ import objectives
 import profiling
 import sampling
 from classes import Classes
-from cli import Need, Parser, UsageError, boolean, check_needs, natural_int, number_in, positive_int, values
-from data import AS_BEFORE, BatchSchedule, ImageData, Reading, load_space, require_folder, space_info
-from families import DiT_models
+from cli import Need, Parser, UsageError, boolean, check_needs, natural_int, number_in, only, positive_int, values
+from data import AS_BEFORE, BatchSchedule, ImageData, Reading, load_space, require_folder, space_info, vae_below
+from families import DiT_models, family_of_row
 from files import digest, write_json
 from latents import LatentShards, open_features
 from layers import check_attention
-from models import CHECKPOINTING, UNSEEN, DiT, DiTConfig, build_config, row_name
+from models import (
+    CHECKPOINTING,
+    MODEL_FLAGS,
+    UNSEEN,
+    DiT,
+    DiTConfig,
+    add_model_arguments,
+    build_config,
+    row_name,
+)
 from objectives import add_objective_arguments, choose_objective, spell_out
 from optim import SCHEDULES
 
@@ -52,24 +61,13 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument("--data-path", type=Path, help="folder with one folder of images per class")
     group.add_argument("--feature-path", type=Path, help="extracted latents (or fast-DiT's), in place of --data-path")
     group.add_argument("--vae-path", "--vae", default="mse", help="autoencoder: folder, hub name, mse, ema, or none")
+    group.add_argument("--local-diffusers-model-root", metavar="DIR", help="mse and ema are below this folder")
     group.add_argument("--image-size", type=positive_int, default=256, help="side of the images, in pixels")
     group.add_argument("--background", default=Reading.background, help="colour under transparency: white, #rrggbb")
     group.add_argument("--num-workers", type=natural_int, default=4, help="processes that load data; 0: none")
     parser.add_switch(group, "--flip", True, "mirror half of the images")
 
-    group = parser.add_argument_group("model")
-    # None stands for what --init-from says, or else for the default that `DiTConfig` has.
-    group.add_argument("--model", help="row of the table of sizes: DiT-{S,B,L,XL}/{2,4,8}, DiT-G/2 (default: DiT-S/2)")
-    group.add_argument("--num-classes", type=positive_int, help="the data may have fewer (default: as many as it has)")
-    group.add_argument("--num_experts", type=natural_int, help="routed experts per MoE layer (default: 0, a dense DiT)")
-    group.add_argument("--num_experts_per_tok", type=positive_int, help="experts that each token goes to (default: 2)")
-    group.add_argument("--num_shared_experts", type=natural_int, help="always-on experts of width D (default: 2)")
-    group.add_argument("--expert-ratio", type=number_in(0, 1e3), help="width of a routed expert over D (default: 4)")
-    group.add_argument("--moe-layers", help="all, every-N, deep-half, shallow-half, or 0,2,5 (default: all)")
-    parser.add_switch(group, "--norm-topk-prob", None, "divide the routing weights of a token by their sum")
-    parser.add_switch(group, "--qk-norm", None, "default: on for XL and G with experts, as published")
-    group.add_argument("--class-dropout-prob", type=number_in(0, 1), help="labels dropped, for guidance (default: 0.1)")
-    group.add_argument("--pretraining_tp", type=int, help="accepted for published commands; has no effect")
+    group = add_model_arguments(parser)  # None stands for what --init-from says, or else for the default
 
     group = parser.add_argument_group("objective")
     add_objective_arguments(parser, group, training=True)
@@ -80,6 +78,9 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument("--max-steps", type=positive_int, help="stop after so many steps, if epochs do not end first")
     group.add_argument("--global-batch-size", type=positive_int, default=256, help="images of one optimizer step")
     group.add_argument("--accum_iter", type=positive_int, default=1, help="micro-batches that a step is cut into")
+    group.add_argument(
+        "--micro-batch-size", type=positive_int, help="images of one on one GPU, in place of --accum_iter"
+    )
     group.add_argument("--lr", type=number_in(0, 1e3), default=1e-4, help="learning rate of AdamW")
     group.add_argument(
         "--lr-schedule", choices=SCHEDULES, default="constant", help="after the warmup, until the last step"
@@ -88,10 +89,16 @@ def add_training_arguments(parser: Parser) -> None:
         "--warmup-steps", type=natural_int, default=0, help="steps of linear growth of the learning rate"
     )
     group.add_argument(
-        "--weight-decay", type=number_in(0, 1e3), default=0.0, help="of matrices; biases, norms and tables do not decay"
+        *("--weight-decay", "--wd"),
+        type=number_in(0, 1e3),
+        default=0.0,
+        help="of matrices; biases, norms and tables do not decay",
     )
     group.add_argument(
-        "--grad-clip", type=number_in(0, math.inf), default=0.0, help="largest norm of the gradient; 0: no clipping"
+        "--grad-clip",
+        type=number_in(0, math.inf),
+        default=0.0,
+        help="largest norm of the gradient; 0: no clipping (of Large-DiT: 2, as published)",
     )
     group.add_argument("--ema-decay", type=number_in(0, 1), default=0.9999, help="of the moving average of the weights")
     group.add_argument(
@@ -128,6 +135,13 @@ def add_training_arguments(parser: Parser) -> None:
     )
     group.add_argument("--local-rank", type=int, help="set by launchers; not used")
 
+    group = parser.add_argument_group("accepted for published commands")
+    group.add_argument("--pretraining_tp", type=int, help="has no effect")
+    group.add_argument("--master-port", type=int, help="has no effect: launchers have one")
+    parser.add_switch(group, "--no-auto-resume", False, "has no effect: without --resume a new run begins")
+    group.add_argument("--model-parallel-size", type=only("1", "use --data-parallel fsdp"), help="1")
+    group.add_argument("--grad-precision", type=only("fp32", "gradients meet in fp32 whatever else"), help="fp32")
+
     group = parser.add_argument_group("run")
     group.add_argument(
         "--results-dir", type=Path, default=Path("results"), help="run folders NNN-<model>-<E>E<K>A-<objective> go here"
@@ -156,11 +170,6 @@ def add_training_arguments(parser: Parser) -> None:
     parser.add_switch(group, "--wandb", False, "log to Weights & Biases too (pip install wandb)")
 
 
-MODEL_FLAGS = (  # each a field of DiTConfig
-    *("num_classes", "class_dropout_prob", "num_experts", "num_experts_per_tok", "num_shared_experts"),
-    *("expert_ratio", "norm_topk_prob", "moe_layers", "qk_norm"),
-)
-
 NEEDS = (  # besides those of objectives.py
     Need(
         (
@@ -188,7 +197,8 @@ NEEDS = (  # besides those of objectives.py
 RUN_CONTROL = {
     *("image_size", "background"),  # the model's input size and the data's fingerprint tell
     *("data_path", "feature_path", "vae_path", "num_workers", "epochs", "max_steps", "device", "local_rank", "timeout"),
-    *("attention", "compile", "activation_checkpointing", "deterministic", "pretraining_tp"),
+    *("local_diffusers_model_root", "micro_batch_size", "master_port", "no_auto_resume", "model_parallel_size"),
+    *("grad_precision", "attention", "compile", "activation_checkpointing", "deterministic", "pretraining_tp"),
     *("data_parallel", "expert_parallel", "start_timeout"),
     *("deepspeed", "deepspeed_config", "results_dir", "resume", "init_from", "fresh_parts", "allow_changes"),
     *("log_every", "ckpt_every", "keep_last", "keep_every", "sample_every", "sample_cfg_scale", "wandb", "profile"),
@@ -331,6 +341,12 @@ def _choose(args, processes: distributed.Processes) -> Choices:
         raise UsageError("give either --data-path (a folder of images per class) or --feature-path (latents)")
     if args.data_path is not None:
         require_folder(args.data_path, "data path")
+    args.accum_iter = choose_accumulation(args, processes.world_size)
+    args.vae_path = vae_below(args.local_diffusers_model_root, args.vae_path)
+    if args.model in DiT_models:
+        for name, value in family_of_row(args.model).TRAINING.items():
+            if name not in args.given:
+                setattr(args, name, value)
     if args.keep_last == 1:
         raise UsageError("--keep-last 1 would leave no checkpoint to fall back to; use 2 or more, or 0 for all")
     if args.metrics_every and args.metrics_ref is None:
@@ -345,7 +361,7 @@ def _choose(args, processes: distributed.Processes) -> Choices:
         if "vae_path" not in args.given and weights.record is not None:
             args.vae_path = weights.record.get("space", {}).get("path") or args.vae_path
     model = choose_model(args, weights)  # a wrong one is said before the data is looked through
-    for name in set(MODEL_FLAGS) - {"num_classes"}:
+    for name in MODEL_FLAGS.keys() - {"num_classes"}:
         setattr(args, name, getattr(model, name))
     args.model = args.model or row_name(model) or "DiT"
     if args.compile:
@@ -356,6 +372,19 @@ def _choose(args, processes: distributed.Processes) -> Choices:
     if model.null_class is None and "sample_cfg_scale" in args.given and args.sample_cfg_scale != 1:
         raise UsageError("--sample-cfg-scale needs a null class, which --class-dropout-prob 0 leaves out; use scale 1")
     return Choices(args, model, objective, weights)
+
+
+def choose_accumulation(args, world_size: int) -> int:
+    """`--accum_iter`, or what `--micro-batch-size` comes to."""
+    if args.micro_batch_size is None:
+        return args.accum_iter
+    at_once = args.micro_batch_size * world_size
+    if args.global_batch_size % at_once or args.accum_iter not in (1, args.global_batch_size // at_once):
+        raise UsageError(
+            f"--micro-batch-size {args.micro_batch_size} on {world_size} processes does not make a batch of "
+            f"{args.global_batch_size}" + (f" in {args.accum_iter} micro-batches" if args.accum_iter > 1 else "")
+        )
+    return args.global_batch_size // at_once
 
 
 def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distributed.Processes) -> Run:
@@ -428,8 +457,12 @@ def choose_model(args, weights: checkpoint.Weights | None) -> DiTConfig:
     if args.fresh_parts:
         free["patch_size"] = given.pop("patch_size", config.patch_size)
     for name, value in given.items():
-        if value != getattr(config, name):
-            flag = args.model if name in DiT_models["DiT-S/2"] else f"{args.given[name]} {value}"
+        if isinstance(value, bool) and name == "qk_norm":  # of whichever kind
+            same = value == (config.qk_norm != "none")
+        else:
+            same = value == getattr(config, name)
+        if not same:
+            flag = f"{args.given[name]} {value}" if name in args.given else args.model
             looks = checkpoint.describe(config)
             raise UsageError(f"{flag} contradicts {args.init_from}, which has {name} {getattr(config, name)} ({looks})")
     dropout = free["class_dropout_prob"]
@@ -571,7 +604,7 @@ def compare_with_checkpoint(run: Run, resumed: Resumed) -> None:
         # Of a latent space what was recorded is compared; an autoencoder may have moved.
         keys = set(was) - {"path"} if part == "space" else set(run.record[part])
         pairs |= {f"{part} {key}": (was.get(key), run.record[part].get(key)) for key in keys}
-    for key in (flags_before.keys() & flags_now.keys()) - RUN_CONTROL:
+    for key in (flags_before.keys() & flags_now.keys()) - RUN_CONTROL - MODEL_FLAGS.keys():  # the model says those
         pairs[f"--{key}"] = flags_before[key], flags_now[key]
     if run.args.lr_schedule != "constant":
         pairs["number of steps, which the learning rate follows,"] = state["total_steps"], run.total_steps

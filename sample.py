@@ -43,6 +43,7 @@ def get_parser() -> Parser:
     group.add_argument("--output", type=Path, help="folder (default: samples/, then a name that tells the settings)")
     group.add_argument("--grid", type=natural_int, metavar="COLUMNS", help="images per row of grid.png; 0 for no grid")
     parser.add_switch(group, "--png", True, "write each image as a PNG file")
+    group.add_argument("--image-save-path", type=Path, metavar="FILE", help="write a grid there, 4 a row, and no more")
     return parser
 
 
@@ -53,6 +54,11 @@ def main(args) -> None:
     loaded = sampling.load_for_sampling(args, device, sampling.set_precision(precision))
     settings = loaded.settings
     labels = choose_labels(args, loaded)
+
+    if args.image_save_path is not None:
+        save_grid(args.image_save_path, draw(loaded, labels, settings, args.batch_size), args.grid or 4)
+        print(f"{len(labels)} images ({settings}, {precision}) in {args.image_save_path}")
+        return
 
     columns = args.images_per_class if args.images_per_class > 1 else min(8, len(labels))
     columns = columns if args.grid is None else args.grid
@@ -111,6 +117,14 @@ def draw(loaded: sampling.Loaded, labels: list[int], settings: sampling.Settings
     images = np.concatenate(list(batches))
     bar.close()
     return images
+
+
+def save_grid(path: Path, images: np.ndarray, columns: int) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sampling.save_png(path, sampling.image_grid(images, columns))
+    except OSError as error:
+        raise UsageError(f"--image-save-path {path} cannot be written: {error.strerror or error}") from None
 
 
 def files_of_before(folder: Path, names: list[str]) -> list[str]:

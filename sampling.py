@@ -23,8 +23,8 @@ from torch import Tensor
 
 import checkpoint
 from classes import Classes
-from cli import Need, Parser, RunStopped, UsageError, check_needs, natural_int, number_in, positive_int
-from data import SpaceInfo, load_space, space_info
+from cli import Need, Parser, RunStopped, UsageError, check_needs, natural_int, number_in, only, positive_int
+from data import SpaceInfo, load_space, space_info, vae_below
 from diffusion import classifier_free_guidance
 from families import DiT_models
 from files import replacing
@@ -45,7 +45,8 @@ def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
         group.add_argument(
             "--ckpt", required=True, help="checkpoint folder, run folder, or published .pt / .safetensors file"
         )
-    parser.add_switch(group, "--use-ema", True, "the averaged weights, not those under training")
+    parser.add_switch(group, "--use-ema", True, "the averaged weights, not those under training", "--ema")
+    group.add_argument("--no-ema", dest="use_ema", action="store_false", help="the weights under training")
 
     group = parser.add_argument_group("what a published file cannot tell (must agree with a file that can)")
     group.add_argument("--model", help="row of the table of sizes, such as DiT-XL/2")
@@ -57,9 +58,11 @@ def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
     group.add_argument("--routed-scaling-factor", type=number_in(1e-6, 1e6), help="then multiplied by this")
     add_objective_arguments(parser, group, training=False)
     group.add_argument("--vae-path", "--vae", help="autoencoder: folder, hub name, mse, ema, or none for pixel space")
+    group.add_argument("--local-diffusers-model-root", metavar="DIR", help="mse and ema are below this folder")
     group.add_argument("--vae-scaling-factor", type=number_in(1e-6, 1e6), help="of latents, in place of its own")
     group.add_argument("--vae-shift-factor", type=number_in(-1e6, 1e6), help="of latents, in place of its own")
     group.add_argument("--pretraining_tp", type=int, help="accepted for published commands; has no effect")
+    group.add_argument("--num-gpus", type=only("1", "use torchrun sample_ddp.py for several"), help="1, likewise")
 
     group = parser.add_argument_group("sampling")
     group.add_argument(
@@ -568,7 +571,7 @@ def _choose_space(args, weights: checkpoint.Weights) -> SpaceInfo:
     recorded = {} if weights.record is None else weights.record.get("space", {})
     # Three channels are the colours of pixel space; the published networks work on Stable Diffusion's four.
     usual = "none" if weights.config.in_channels == 3 else "mse"
-    vae_path = args.vae_path or recorded.get("path") or usual
+    vae_path = vae_below(args.local_diffusers_model_root, args.vae_path or recorded.get("path") or usual)
     space = load_space(vae_path)
     if space.channels != weights.config.in_channels:
         raise UsageError(

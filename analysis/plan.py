@@ -17,14 +17,14 @@ and uneven expert parallelism.
 import bisect
 import functools
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 import cli
-from cli import UsageError, natural_int, number_in, positive_int, unknown_name
+from cli import UsageError, number_in, positive_int, unknown_name
 from expert_parallel import check_expert_parallel
-from models import CHECKPOINTING, DiT, DiTConfig, build_config, count_parameters
+from models import CHECKPOINTING, DiT, DiTConfig, add_model_arguments, build_config, count_parameters
 
 # ------------------------------------------------------------------------------------------------------------ hardware
 
@@ -713,25 +713,12 @@ def alternatives(settings: dict) -> str:
 
 def get_parser() -> cli.Parser:
     parser = cli.Parser(prog="analysis.plan", description=__doc__.partition("\n")[0])
-    default = {field.name: field.default for field in fields(DiTConfig)}
     positive = number_in(1e-6, 1e6)
 
-    group = parser.add_argument_group("model, as in train.py")
-    group.add_argument("--model", default="DiT-S/2", help="row of the table of sizes: DiT-{S,B,L,XL}/{2,4,8}, DiT-G/2")
+    group = add_model_arguments(parser)
+    parser.set_defaults(model="DiT-S/2")
     group.add_argument("--image-size", type=positive_int, default=256, help="side of the images, in pixels")
     group.add_argument("--vae-path", "--vae", default="mse", help="none: pixels; all else: latents of an eighth")
-    for flag, kind, meaning in (
-        ("--num-classes", positive_int, "rows of the label table"),
-        ("--num_experts", natural_int, "routed experts per MoE layer; 0: the dense DiT"),
-        ("--num_experts_per_tok", positive_int, "experts that each token goes to"),
-        ("--num_shared_experts", natural_int, "always-on experts, as one of summed width"),
-        ("--expert-ratio", number_in(0, 1e3), "width of a routed expert over the model's"),
-        ("--moe-layers", str, "all, every-N, deep-half, shallow-half, or 0,2,5"),
-        ("--class-dropout-prob", number_in(0, 1), "labels dropped, for guidance; 0: never"),
-    ):
-        group.add_argument(flag, type=kind, default=default[flag[2:].replace("-", "_")], help=meaning)
-    parser.add_switch(group, "--norm-topk-prob", default["norm_topk_prob"], "divide the routing weights by their sum")
-    parser.add_switch(group, "--qk-norm", None, "default: on for XL and G with experts, as published")
 
     group = parser.add_argument_group("run")
     group.add_argument("--batch-size", type=positive_int, default=32, help="images per GPU and micro-batch")
@@ -761,12 +748,10 @@ def main(args) -> None:
         rows = size_table()
         print(json.dumps(rows, indent=2) if args.json else markdown(rows))
         return
-    settings = cli.values(args)
+    settings = {name: value for name, value in cli.values(args).items() if value is not None}
     for name in ("table", "json"):
         del settings[name]
     settings["pixels"] = settings.pop("vae_path") == "none"
-    if settings["qk_norm"] is None:
-        del settings["qk_norm"]
     made = plan(**settings)
     if args.json:
         print(json.dumps(asdict(made), indent=2))

@@ -465,7 +465,7 @@ def test_resume_compares_what_the_flags_lead_to(images, capsys):
         images, capsys, "--resume", run, "--lr-schedule", "cosine"
     )
     state = read_json(run / "checkpoints" / "0000002", "state")
-    assert state["flags"]["precision"] == "fp32" and state["flags"]["qk_norm"] is False
+    assert state["flags"]["precision"] == "fp32" and state["flags"]["qk_norm"] == "none"
     assert "--precision was fp32, is bf16" in refused(
         images, capsys, "--resume", run, "--lr-schedule", "cosine", "--precision", "bf16", steps=2
     )
