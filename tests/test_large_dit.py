@@ -1,12 +1,14 @@
 """Large-DiT against the public code: outputs, guidance, gradients, folders; and the same scripts for it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Golden
+from conftest import Golden, read_json, script
+from test_training import metrics
 
 import checkpoint
 import families
@@ -286,3 +288,89 @@ def test_names_round_trip(experts):
     again = families.from_published(published)
     state = model.state_dict()
     assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
+
+
+# ------------------------------------------------------------------------------------------------- by the same scripts
+
+NANO = ["--model", "DiT_Llama_Nano_patch2", "--vae", "none", "--image_size", 8, "--num_classes", 4, "--flip", "False"]
+NANO += ["--num_workers", 0, "--device", "cpu", "--log_every", 1, "--global_batch_size", 8, "--lr", 1e-3]
+PUBLISHED = ["--micro_batch_size", 2, "--precision", "fp32", "--grad_precision", "fp32", "--wd", 0.1, "--qk_norm"]
+PUBLISHED += ["--no_auto_resume", "--master_port", 18181, "--model_parallel_size", 1, "--ckpt_every", 2]
+
+
+def train(images: Path, results: str, *flags, processes: int = 1, name: str = "train.py") -> Path:
+    where = ["--data_path", images, "--results_dir", images.parent / results]
+    script(name, *where, *NANO, *flags, processes=processes)
+    return max((images.parent / results).iterdir())
+
+
+@pytest.mark.slow
+def test_published_commands_train_everywhere_alike(images):
+    """One process, two sharded ones, ZeRO-3: one curve; then resumed, drawn, exported and measured."""
+    one = train(images, "one", *PUBLISHED, "--max_steps", 4)
+    sharded = train(images, "two", *PUBLISHED, "--max_steps", 2, "--data_parallel", "fsdp", processes=2)
+    train(images, "two", *PUBLISHED, "--max_steps", 4, "--resume", sharded, "--data_parallel", "sdp", processes=2)
+    zero = Path(__file__).parent.parent / "config" / "zero3.json"
+    zero = ["--deepspeed_config", zero, "--max_steps", 4]
+    deepspeed = train(images, "zero", *PUBLISHED, *zero, processes=2, name="train_deepspeed.py")
+    curves = [[line["loss"] for line in metrics(run)] for run in (one, sharded, deepspeed)]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5) and curves[2] == pytest.approx(curves[0], rel=1e-5)
+    state = read_json(one / "checkpoints" / "0000004", "state")
+    assert (state["flags"]["grad_clip"], state["flags"]["accum_iter"], state["flags"]["qk_norm"]) == (2.0, 4, "full")
+
+    exported = images.parent / "large.pt"
+    script("weights.py", "export", one, "--output", exported)
+    assert "layers.2.attention.wk.weight" in torch.load(exported)["ema"]
+    drawn = []
+    for ckpt in (one, exported):
+        path = images.parent / f"{ckpt.stem}.png"
+        flags = ["--num_gpus", 1, "--cfg_scale", 2, "--class_labels", 1, 3, "--num_sampling_steps", 3]
+        script("sample.py", "--ckpt", ckpt, *flags, "--precision", "tf32", "--image_save_path", path, "--device", "cpu")
+        drawn.append(path.read_bytes())
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.slow
+def test_mixtures_of_it_and_of_its_parts(images):
+    """What nobody has: Large-DiT with experts, over processes; DiT-MoE with its positions and norms; upcycled."""
+    experts = ["--num_experts", 4, "--max_steps", 2, "--precision", "fp32"]
+    one = train(images, "one", *experts)
+    over = ["--data_parallel", "fsdp", "--expert_parallel", 2]
+    two = train(images, "two", *experts, *over, processes=2)
+    curves = [[line[key] for line in metrics(run) for key in ("loss", "balance_loss")] for run in (one, two)]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+    parts = ["--norm", "rms", "--positions", "rope2d", "--qk-norm", "head", "--num-kv-heads", 2]
+    mixed = train(images, "mixed", *experts, *parts, "--model", "DiT-Nano/2")
+    model = read_json(mixed / "checkpoints" / "0000002", "config")["model"]
+    assert [model[key] for key in ("norm", "positions", "qk_norm", "num_kv_heads", "mlp")] == [
+        *("rms", "rope2d", "head", 2, "gelu")
+    ]
+    result = script(
+        *("train.py", "--data_path", images, "--results_dir", images.parent / "mixed", *NANO, *experts),
+        *("--model", "DiT-Nano/2", "--init-from", mixed, "--norm", "layer"),
+        check=2,
+    )
+    assert "--norm layer contradicts" in result.stderr and "which has norm rms" in result.stderr
+
+    dense = train(images, "dense", "--max_steps", 1)
+    upcycled = images.parent / "upcycled"
+    result = script("upcycle.py", "--ckpt", dense, "--num_experts", 4, "--output", upcycled)
+    differ = float(re.search(r"differ from the source's by at most (\S+)", result.stdout)[1])
+    assert differ < 1e-6 and read_json(upcycled, "config")["model"]["expert_mlp"] == "swiglu"
+
+
+def test_flags_that_made_sense_elsewhere(images):
+    def refused(*flags) -> str:
+        result = script(
+            "train.py", "--data_path", images, "--results_dir", images.parent / "no", *NANO, *flags, check=2
+        )
+        assert not (images.parent / "no").exists() and "Traceback" not in result.stderr
+        return result.stderr
+
+    assert "only 1 is possible here (use --data-parallel fsdp), got '2'" in refused("--model_parallel_size", 2)
+    assert "only fp32 is possible here" in refused("--grad_precision", "bf16")
+    assert "--micro-batch-size 3 on 1 processes does not make a batch of 8" in refused("--micro_batch_size", 3)
+    assert "4096 positions, an input of 192x192" in refused("--image_size", 192)
+    missing = refused("--vae", "ema", "--local_diffusers_model_root", images)
+    assert f"{images}/stabilityai/sd-vae-ft-ema" in missing
