@@ -44,6 +44,7 @@ from models import DiT, DiTConfig, infer_config
 from records import BadRecord, Name, OtherVersion, check_record, parse_record, read_record
 
 FORMAT = 1
+REPLACED = "-replaced"  # how the name ends of what stood where a new checkpoint goes
 DESCRIPTION = "description"  # the metadata of an exported safetensors file that says what shapes cannot tell
 
 Natural = Annotated[int, Field(ge=0)]
@@ -179,10 +180,14 @@ def commit(
     for path in (*paths, beside / "manifest.json", *(path for path in beside.rglob("*") if path.is_dir()), beside):
         flush_to_disk(path)
     if folder.exists():
-        replaced = folder.with_name(f"{UNFINISHED}{folder.name}-replaced")
+        replaced = folder.with_name(f"{UNFINISHED}{folder.name}{REPLACED}")
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
-        beside.rename(folder)
+        try:
+            beside.rename(folder)
+        except OSError:
+            replaced.rename(folder)
+            raise
         shutil.rmtree(replaced)
     else:
         beside.rename(folder)
@@ -217,9 +222,13 @@ def set_aside(run: Path, step: int) -> list[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed runs left unfinished in a folder of checkpoints."""
+    """Remove what killed runs left unfinished in a folder of checkpoints, but for one that had no successor yet."""
     for leftover in folder.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        original = folder / leftover.name.removeprefix(UNFINISHED).removesuffix(REPLACED)
+        if leftover.name.endswith(REPLACED) and not original.exists():
+            leftover.rename(original)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def copied(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,9 @@ import argparse
 import os
 import pickle
 import re
+import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -247,3 +249,67 @@ def test_other_strange_files_are_refused(tmp_path):
         with pytest.raises(UsageError, match=path.name):
             load_weights(path)
     assert not marker.exists() and not (tmp_path.parent / "escape").exists()
+
+
+# -------------------------------------------------------------------------------------- what no other test would notice
+
+
+def save(folder: Path, value: float) -> None:
+    checkpoint.save(folder, {"model": {"w": torch.full((3,), value)}}, {"config": {"value": value}})
+
+
+def saved(folder: Path) -> float:
+    checkpoint.verify(folder)
+    return checkpoint.read_tensors(folder, "model")["w"][0].item()
+
+
+def test_a_checkpoint_that_is_replaced_is_never_gone(tmp_path, monkeypatch):
+    folder = tmp_path / "0000001"
+    save(folder, 1.0)
+    rename = Path.rename
+
+    def fails(self, target):
+        if target == folder and not self.name.endswith(checkpoint.REPLACED):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="Input/output"):
+        save(folder, 2.0)
+    assert saved(folder) == 1 and not list(tmp_path.glob(".*"))
+    monkeypatch.undo()
+
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    save(folder, 2.0)  # killed before the old one is removed: the new one stays
+    monkeypatch.undo()
+    checkpoint.sweep(tmp_path)
+    assert saved(folder) == 2 and not list(tmp_path.glob(".*"))
+    folder.rename(folder.with_name(f"{checkpoint.UNFINISHED}{folder.name}{checkpoint.REPLACED}"))  # killed between
+    checkpoint.sweep(tmp_path)
+    assert saved(folder) == 2
+
+
+def test_what_is_begun_anew_is_empty_and_all_of_it_is_in_the_manifest(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(checkpoint, "flush_to_disk", flushed.append)
+    folder = tmp_path / "0000001"
+    (checkpoint.begin(folder) / "left").write_text("by a kill")
+    beside = checkpoint.begin(folder)
+    assert not list(beside.iterdir())
+    (beside / "sharded").mkdir()
+    (beside / "sharded" / "part").write_bytes(b"12345")
+    checkpoint.commit(beside, folder, {}, {})
+    assert flushed[-1] == tmp_path and beside / "sharded" / "part" in flushed and beside / "sharded" in flushed
+    (folder / "sharded" / "part").write_bytes(b"12346")
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="sharded/part is damaged"):
+        checkpoint.verify(folder)
+
+
+def test_which_checkpoints_are_kept(tmp_path):
+    for step in range(2, 22, 2):
+        (tmp_path / f"{step:07d}").mkdir()
+    (tmp_path / "0000099").write_text("no folder")
+    checkpoint.prune(tmp_path, keep_last=2, keep_every=6)
+    assert [int(path.name) for path in checkpoint.checkpoints_of(tmp_path)] == [20, 18, 12, 6]
+    (tmp_path / "12345678").mkdir()  # numbers, not names, are in order
+    assert checkpoint.checkpoints_of(tmp_path)[0].name == "12345678"
