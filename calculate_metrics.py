@@ -17,6 +17,7 @@ import torch
 import checkpoint
 import distributed
 import evaluation
+import machine
 import sampling
 from cli import Parser, RunStopped, UsageError, positive_int, run, values
 from evaluation import DrawnImages, Evaluator, Images, Statistics, measure, measure_reference, open_images
@@ -149,8 +150,8 @@ def open_samples(args, device: torch.device) -> Images:
             raise UsageError(f"{useless[0]} does nothing for images that are there already: drop it")
         return open_images(path, args.image_size)
     args.ckpt = path
-    precision = sampling.choose_precision(args.precision, device)
-    loaded = sampling.load_for_sampling(args, device, sampling.set_precision(precision))
+    precision = machine.choose_precision(args.precision, device)
+    loaded = sampling.load_for_sampling(args, device, machine.set_precision(precision))
     labels = sampling.LABELS[args.labels](args.num_samples, loaded.classes, args.seed)
     record = {"source": str(loaded.source), "settings": loaded.record(precision) | {"labels": args.labels}}
     return DrawnImages(

@@ -1,4 +1,4 @@
-"""From images to training samples: image folders, the resumable order of samples, the autoencoder.
+"""From images to training samples: image folders and the resumable order of samples.
 
 N batch, C latent channels, H W image height and width, h w latent height and width. Latents on disk: latents.py.
 
@@ -12,29 +12,21 @@ import hashlib
 import os
 import signal
 import struct
-import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from itertools import count
-from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageOps
-from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
-from typing_extensions import TypedDict
 
+from autoencoders import SpaceInfo
 from cli import RunStopped, UsageError
-from records import read_record
 
-VAE_NAMES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
-VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
-HUB_TIMEOUT = 3  # seconds until an unreachable hub is given up
 MAX_REPLACEMENTS = 100  # images tried in place of an unreadable one
 
 # What Pillow raises for truncated, empty, foreign and oversized files.
@@ -286,7 +278,7 @@ class ImageData(FileSamples):
         self,
         path: str,
         image_size: int,
-        space: "SpaceInfo",
+        space: SpaceInfo,
         seed: int,
         flip: bool = True,
         reading: Reading = Reading(),
@@ -487,200 +479,3 @@ def _leave_signals_to_the_loop(worker: int) -> None:
 def _collate(batch: list[dict] | dict) -> dict[str, Tensor]:
     """A data set with `__getitems__` has put its batch together itself."""
     return batch if isinstance(batch, dict) else default_collate(batch)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Autoencoders
-
-
-@dataclass
-class SpaceInfo:
-    """What must be known about the space in which the diffusion runs before an autoencoder is loaded."""
-
-    path: str  # a folder, a hub name, or none
-    channels: int
-    downsample: int  # image side / latent side
-    scaling_factor: float  # latents = (autoencoder's latents - shift_factor) * scaling_factor
-    shift_factor: float
-    samples_posterior: bool  # does `encode` use its noise?
-
-    def config(self) -> dict:
-        """For a checkpoint: enough to decode its samples."""
-        return {
-            "path": self.path,
-            "scaling_factor": self.scaling_factor,
-            "downsample": self.downsample,
-            "channels": self.channels,
-        }
-
-    def record(self) -> dict:
-        """For a checkpoint of a run: what its latents depend on."""
-        return self.config() | {"shift_factor": self.shift_factor}
-
-    def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-        """What the diffusion sees: a sample of the posterior, by standard normal noise, shifted and scaled."""
-        return (mean + std * noise - self.shift_factor) * self.scaling_factor
-
-
-class PixelSpace(SpaceInfo):
-    """No autoencoder: the latents are the image."""
-
-    def __init__(self):
-        super().__init__("none", 3, 1, 1.0, 0.0, samples_posterior=False)
-
-    def to(self, device) -> "PixelSpace":
-        return self
-
-    def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        return x
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents.clamp(-1, 1)
-
-
-class LatentVAE(SpaceInfo):
-    """A frozen AutoencoderKL in float32, from a folder or the hub (`space_info` says which paths)."""
-
-    def __init__(self, path: str):
-        super().__init__(**vars(space_info(path)))
-        folder = os.path.dirname(_vae_file(self.path, "config.json"))
-        if not os.path.isabs(self.path):
-            _vae_file(self.path, VAE_WEIGHTS)
-        elif not any(name.startswith("diffusion_pytorch_model.") for name in os.listdir(folder)):
-            raise UsageError(f"no autoencoder weights in {folder}: expected {VAE_WEIGHTS}")
-
-        from diffusers import AutoencoderKL
-        from safetensors import SafetensorError
-
-        try:
-            self.vae, info = AutoencoderKL.from_pretrained(
-                folder, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UsageError(f"cannot load the autoencoder weights in {folder}: {brief(error)}") from error
-        if missing := info["missing_keys"]:  # diffusers would leave these at random values
-            raise UsageError(f"the autoencoder weights in {folder} lack {len(missing)} tensors, e.g. {min(missing)}")
-        self.vae.float().eval().requires_grad_(False)
-
-    def to(self, device) -> "LatentVAE":
-        self.vae.to(device)
-        return self
-
-    def record(self) -> dict:
-        return super().record() | {"sha256": self.sha256}
-
-    @cached_property
-    def sha256(self) -> str:
-        """Over names and values of its weights: the same from another folder or file format."""
-        checksum = hashlib.sha256()
-        for name, tensor in sorted(self.vae.state_dict().items()):
-            checksum.update(name.encode())
-            checksum.update(tensor.cpu().contiguous().numpy().tobytes())
-        return checksum.hexdigest()
-
-    @torch.no_grad()
-    def encode(self, x: Tensor, noise: Tensor) -> Tensor:
-        """Images (N,3,H,W) in [-1,1] and standard normal noise (N,C,h,w) to scaled latents (N,C,h,w)."""
-        return self.latents(*self.moments(x), noise)
-
-    @torch.no_grad()
-    def moments(self, x: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the posterior of images (N,3,H,W) in [-1,1], each (N,C,h,w) float32.
-
-        Products are computed in `dtype`. The deviation lies in [e^-15, e^10]: AutoencoderKL limits its logarithm.
-        """
-        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            posterior = self.vae.encode(x.float()).latent_dist
-        return posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (N,C,h,w) to images (N,3,H,W) in [-1,1]."""
-        with torch.autocast(latents.device.type, enabled=False):
-            return self.vae.decode(latents.float() / self.scaling_factor + self.shift_factor).sample.clamp(-1, 1)
-
-
-def vae_below(root: str | None, vae_path: str) -> str:
-    """Where `mse` and `ema` are, for those who keep copies of the hub's models below a folder (None: on the hub)."""
-    return os.path.join(root, VAE_NAMES[vae_path]) if root is not None and vae_path in VAE_NAMES else vae_path
-
-
-def load_space(vae_path: str) -> PixelSpace | LatentVAE:
-    """The autoencoder of `--vae-path`, on the CPU."""
-    return PixelSpace() if vae_path == "none" else LatentVAE(vae_path)
-
-
-class AutoencoderConfig(TypedDict):
-    """config.json of an AutoencoderKL, as far as it is read here."""
-
-    _class_name: NotRequired[str]
-    model_type: NotRequired[str]
-    latent_channels: NotRequired[Annotated[int, Field(ge=1, le=1024)]]
-    block_out_channels: NotRequired[Annotated[list[int], Field(min_length=1, max_length=16)]]
-    scaling_factor: NotRequired[Annotated[float, Field(gt=0, allow_inf_nan=False)]]
-    shift_factor: NotRequired[Annotated[float, Field(allow_inf_nan=False)] | None]
-
-
-def space_info(vae_path: str) -> SpaceInfo:
-    """The facts of an autoencoder's config.json; loads no weights.
-
-    `vae_path`: none, the folder of an AutoencoderKL or of a pipeline with one in vae/, a hub name owner/name, mse, ema.
-    Raises UsageError for everything else, and for a hub name that is neither cached nor reachable.
-    """
-    if vae_path == "none":
-        return PixelSpace()
-    name = _vae_name(vae_path)
-    config_file = _vae_file(name, "config.json")
-    config = read_record(Path(config_file), AutoencoderConfig)
-    kind = config.get("_class_name") or config.get("model_type") or "model of unknown kind"
-    if kind != "AutoencoderKL":
-        raise UsageError(f"autoencoder path {vae_path} holds a {kind}; expected an AutoencoderKL")
-    return SpaceInfo(
-        path=name,
-        channels=config.get("latent_channels", 4),  # here and below, the default is that of AutoencoderKL
-        downsample=2 ** (len(config.get("block_out_channels", [64])) - 1),
-        scaling_factor=config.get("scaling_factor", 0.18215),
-        shift_factor=config.get("shift_factor") or 0.0,
-        samples_posterior=True,
-    )
-
-
-def _vae_name(vae_path: str) -> str:
-    """An absolute path for what is a folder here, a hub name for the rest. Raises UsageError for a misspelt folder."""
-    path = os.path.expanduser(vae_path)
-    if os.path.isdir(path):
-        return os.path.abspath(path)  # a checkpoint keeps it, and sampling may start in another folder
-    if os.path.exists(path):
-        raise UsageError(f"autoencoder path {path} is a file; expected the folder that holds its config.json")
-    name = VAE_NAMES.get(path, path)
-    if path.startswith(("/", ".", "~")) or name.count("/") != 1:
-        raise UsageError(f"autoencoder path {path} does not exist; a hub name has the form owner/name")
-    return name
-
-
-def _vae_file(name: str, filename: str) -> str:
-    """Path of one of an autoencoder's files; `name` as from `_vae_name`. What the hub has not cached is downloaded."""
-    if os.path.isabs(name):
-        for folder in (name, os.path.join(name, "vae")):
-            if os.path.isfile(os.path.join(folder, filename)):
-                return os.path.join(folder, filename)
-        raise UsageError(f"no {filename} in {name}, nor in a folder vae in it: expected an AutoencoderKL")
-
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HTTPError  # the base class of whichever HTTP client the hub uses
-
-    try:
-        if isinstance(cached := try_to_load_from_cache(name, filename), str):
-            return cached
-        # Asked first, and once: hf_hub_download tries a silent network again and again for most of a minute.
-        get_hf_file_metadata(hf_hub_url(name, filename), timeout=HUB_TIMEOUT)
-        return hf_hub_download(name, filename)
-    except (OSError, HTTPError, ValueError) as error:
-        raise UsageError(
-            f"autoencoder {name} is no folder here and not in the hub's local cache, and its {filename} cannot be "
-            f"fetched ({brief(error)}); download it where there is a network and give its folder as autoencoder path"
-        ) from error
-
-
-def brief(error: Exception) -> str:
-    return textwrap.shorten(str(error), 300)

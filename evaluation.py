@@ -24,10 +24,12 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 import distributed
+import image_files
 import metrics
 import sampling
+from autoencoders import brief
 from cli import UsageError
-from data import IMAGE_ERRORS, FileSamples, brief, center_crop, images_by_class, is_data, load_image
+from data import IMAGE_ERRORS, FileSamples, center_crop, images_by_class, is_data, load_image
 from extractors import Extractor, full_precision, load_extractor
 from files import digest, replacing
 from records import BadRecord, check_arrays, parse_record
@@ -81,7 +83,7 @@ class StoredImages:
         try:
             with zipfile.ZipFile(path) as archive, np.load(path) as file:
                 try:
-                    self.images = sampling.map_array(path, archive, "arr_0.npy")
+                    self.images = image_files.map_array(path, archive, "arr_0.npy")
                 except ValueError:
                     self.images = file["arr_0"]
                 self.labels = next((file[name] for name in ("labels", "arr_1") if name in file.files), None)

@@ -30,9 +30,10 @@ from torch.utils.data import DataLoader, Dataset
 
 import cli
 import distributed
-import sampling
+import machine
+from autoencoders import LatentVAE, load_space, space_info
 from cli import RunStopped, UsageError, natural_int, positive_int
-from data import ImageData, LatentVAE, Reading, UnreadableImages, load_space, space_info, to_unit_range
+from data import ImageData, Reading, UnreadableImages, to_unit_range
 from files import UNFINISHED, digest, remedy, replace_json, replacing
 from latents import (
     FORMAT,
@@ -87,7 +88,7 @@ def get_parser() -> cli.Parser:
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one"
     )
-    group.add_argument("--precision", choices=sampling.PRECISIONS, help="of the autoencoder: fp16 on a GPU, else fp32")
+    group.add_argument("--precision", choices=machine.PRECISIONS, help="of the autoencoder: fp16 on a GPU, else fp32")
     group.add_argument("--local-rank", type=int, help="set by launchers; not used")
     return parser
 
@@ -300,7 +301,7 @@ def extract(job: Job) -> None:
     precision = job.settings["precision"]
     torch.backends.cudnn.allow_tf32 = precision != "fp32"  # PyTorch allows it in convolutions if nobody objects
     torch.backends.cudnn.deterministic = True
-    dtype = sampling.set_precision(precision)
+    dtype = machine.set_precision(precision)
 
     plan = [batch for shard in job.mine for batch in job.batches_of(shard)]
     pin_memory = job.processes.device.type == "cuda"

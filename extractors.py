@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import checkpoint
+from autoencoders import HUB_TIMEOUT, brief
 from cli import UsageError
-from data import HUB_TIMEOUT, brief
 from distributed import Processes
 from files import digest
 from metrics import pixel_features

@@ -29,12 +29,11 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from autoencoders import SpaceInfo, brief
 from cli import UsageError
 from data import (
     FileSamples,
     Samples,
-    SpaceInfo,
-    brief,
     draw_batch,
     draw_randomness,
     file_size,

@@ -19,12 +19,13 @@ import checkpoint
 import distributed
 import evaluation
 import finetune
+import machine
 import objectives
 import profiling
-import sampling
+from autoencoders import load_space, space_info, vae_below
 from classes import Classes
 from cli import Need, Parser, UsageError, boolean, check_needs, natural_int, number_in, only, positive_int, values
-from data import AS_BEFORE, BatchSchedule, ImageData, Reading, load_space, require_folder, space_info, vae_below
+from data import AS_BEFORE, BatchSchedule, ImageData, Reading, require_folder
 from families import DiT_models, family_of_row
 from files import digest, write_json
 from latents import LatentShards, open_features
@@ -109,7 +110,7 @@ def add_training_arguments(parser: Parser) -> None:
         "--global-seed", type=natural_int, default=0, help="of initial weights, data order and all noise"
     )
 
-    group = sampling.add_machine_arguments(parser)
+    group = machine.add_machine_arguments(parser)
     group.add_argument(
         "--activation-checkpointing",
         type=checkpointing,
@@ -365,7 +366,7 @@ def _choose(args, processes: distributed.Processes) -> Choices:
         setattr(args, name, getattr(model, name))
     args.model = args.model or row_name(model) or "DiT"
     if args.compile:
-        sampling.check_compile(model, sampling.PRECISIONS[args.precision])
+        machine.check_compile(model, machine.PRECISIONS[args.precision])
     objective = choose_objective(args, found)
     spell_out(args, objective)
     check_needs(args, (*objectives.NEEDS, *NEEDS))
@@ -402,7 +403,7 @@ def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distri
         raise UsageError(f"--vae-path {args.vae_path} has {space.channels} channels, the latents have {channels}")
     config = dataclasses.replace(model, input_size=input_size, in_channels=channels, num_classes=args.num_classes)
     start = None if choices.weights is None else finetune.fit(choices.weights, config, classes, args.fresh_parts)
-    dtype = sampling.PRECISIONS[args.precision]
+    dtype = machine.PRECISIONS[args.precision]
     check_attention(args.attention, processes.device, dtype, config.hidden_size // config.num_heads)
     schedule = BatchSchedule(
         len(data), args.global_batch_size, args.accum_iter, processes.rank, processes.world_size, args.global_seed
@@ -490,9 +491,9 @@ def differences(weights: checkpoint.Weights, record: dict) -> list[str]:
 def choose_precision(name: str | None, device: torch.device) -> str:
     """`--precision`, or what `accelerate launch --mixed_precision` left in the environment, or the device's best."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if name is None and launched in sampling.PRECISIONS:
+    if name is None and launched in machine.PRECISIONS:
         name = launched
-    return sampling.choose_precision(name, device)
+    return machine.choose_precision(name, device)
 
 
 def open_data(args, resumed: "Resumed | None"):

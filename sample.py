@@ -15,6 +15,8 @@ import numpy as np
 from typing_extensions import TypedDict
 
 import distributed
+import image_files
+import machine
 import sampling
 from cli import Parser, UsageError, natural_int, positive_int, run
 from files import replace_json
@@ -50,8 +52,8 @@ def get_parser() -> Parser:
 def main(args) -> None:
     device = distributed.choose_device(args.device)
     distributed.keep_freed_memory(device)
-    precision = sampling.choose_precision(args.precision, device)
-    loaded = sampling.load_for_sampling(args, device, sampling.set_precision(precision))
+    precision = machine.choose_precision(args.precision, device)
+    loaded = sampling.load_for_sampling(args, device, machine.set_precision(precision))
     settings = loaded.settings
     labels = choose_labels(args, loaded)
 
@@ -122,7 +124,7 @@ def draw(loaded: sampling.Loaded, labels: list[int], settings: sampling.Settings
 def save_grid(path: Path, images: np.ndarray, columns: int) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sampling.save_png(path, sampling.image_grid(images, columns))
+        image_files.save_png(path, image_files.image_grid(images, columns))
     except OSError as error:
         raise UsageError(f"--image-save-path {path} cannot be written: {error.strerror or error}") from None
 
@@ -145,11 +147,11 @@ def files_of_before(folder: Path, names: list[str]) -> list[str]:
 
 
 def write(folder: Path, images: np.ndarray, labels: list[int], columns: int, png: bool) -> None:
-    sampling.save_npz(folder / "samples.npz", [images], labels)
+    image_files.save_npz(folder / "samples.npz", [images], labels)
     if columns:
-        sampling.save_png(folder / "grid.png", sampling.image_grid(images, columns))
+        image_files.save_png(folder / "grid.png", image_files.image_grid(images, columns))
     for index, image in enumerate(images if png else ()):
-        sampling.save_png(folder / f"{index:06d}.png", image)
+        image_files.save_png(folder / f"{index:06d}.png", image)
 
 
 if __name__ == "__main__":

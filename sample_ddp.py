@@ -21,6 +21,8 @@ import numpy as np
 import torch
 
 import distributed
+import image_files
+import machine
 import sampling
 from cli import Parser, RunStopped, UsageError, positive_int, run
 from files import UNFINISHED, replace_json
@@ -50,8 +52,8 @@ def main(args) -> None:
     wanted = requested_precision(args)
     processes = distributed.start(args.device)
     try:
-        precision = sampling.choose_precision(wanted, processes.device)
-        dtype = sampling.set_precision(precision)
+        precision = machine.choose_precision(wanted, processes.device)
+        dtype = machine.set_precision(precision)
         loaded = processes.together(lambda: sampling.load_for_sampling(args, processes.device, dtype))
         settings = loaded.settings
 
@@ -217,7 +219,7 @@ class ImageSet:
     def _stored(self, path: Path, batch: range, verify: bool = False) -> np.ndarray | None:
         """The images of a file, memory-mapped, if it is whole and of the right size and labels."""
         try:
-            images, found = sampling.open_npz(path, verify)
+            images, found = image_files.open_npz(path, verify)
         except UsageError:
             return None
         fits = images.shape == (len(batch), self.image_size, self.image_size, 3)
@@ -234,9 +236,9 @@ class ImageSet:
     def write(self, batch: range, images: np.ndarray, new: bool) -> None:
         if self.png:
             for index, image in zip(batch, images, strict=True):
-                sampling.save_png(self.folder / png_name(index), image)
+                image_files.save_png(self.folder / png_name(index), image)
         if new:
-            sampling.save_npz(self.part(batch), [images], self.labels_of(batch))
+            image_files.save_npz(self.part(batch), [images], self.labels_of(batch))
 
     def finish(self) -> None:
         """Join the parts, one at a time, and remove them."""
@@ -244,7 +246,7 @@ class ImageSet:
             parts = self._good_parts()
             if self._batches(parts):
                 raise RunStopped(f"parts in {self.parts} have gone or are damaged; the same command draws them again")
-            sampling.save_npz(self.npz, (self._stored(self.part(part), part) for part in parts), self.labels)
+            image_files.save_npz(self.npz, (self._stored(self.part(part), part) for part in parts), self.labels)
         shutil.rmtree(self.parts)
 
     def release(self) -> None:

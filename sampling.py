@@ -7,33 +7,26 @@ batch it is drawn in, and how many processes draw, change nothing beyond roundin
 """
 
 import hashlib
-import itertools
-import math
 import os
 import sys
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 import checkpoint
+from autoencoders import SpaceInfo, load_space, space_info, vae_below
 from classes import Classes
 from cli import Need, Parser, RunStopped, UsageError, check_needs, natural_int, number_in, only, positive_int
-from data import SpaceInfo, load_space, space_info, vae_below
 from diffusion import classifier_free_guidance
 from families import DiT_models
-from files import replacing
-from layers import ATTENTION_BACKENDS, check_attention
+from layers import check_attention
+from machine import add_machine_arguments, check_compile
 from models import UNSEEN, DiT, DiTConfig, build_config
 from objectives import SETTINGS, add_objective_arguments, check_against, choose_objective, in_words
-
-PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -104,47 +97,6 @@ def add_set_arguments(parser: Parser):
         help="random: drawn for each image; balanced: 0, 1, 2, ... in turn, so that all classes come equally often",
     )
     return group
-
-
-def add_machine_arguments(parser: Parser):
-    """What a network is run on and how: what every script that runs one takes. Returns the group, for more."""
-    group = parser.add_argument_group("machine")
-    group.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one"
-    )
-    group.add_argument("--precision", choices=PRECISIONS, help="bf16 on a GPU that has it, else fp32")
-    group.add_argument(
-        "--attention",
-        choices=ATTENTION_BACKENDS,
-        default="auto",
-        help="how attention is computed; auto: PyTorch chooses",
-    )
-    parser.add_switch(group, "--compile", False, "torch.compile each block")
-    return group
-
-
-# ------------------------------------------------------------------------------------------------------------ precision
-
-
-def choose_precision(name: str | None, device: torch.device) -> str:
-    """`name`, or the fastest safe choice for the device."""
-    if name is not None:
-        return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-
-
-def check_compile(config: DiTConfig, dtype: torch.dtype) -> None:
-    """Raises UsageError where PyTorch is too old to trace grouped products of this dtype."""
-    if config.num_experts and dtype != torch.bfloat16 and torch.__version__ < "2.15":
-        what = f"--compile with experts in {str(dtype).removeprefix('torch.')}"
-        raise UsageError(f"{what} needs PyTorch 2.15 or newer, this is {torch.__version__}; use --precision bf16")
-
-
-def set_precision(name: str) -> torch.dtype:
-    """The dtype of matrix products; `tf32` is fp32 with the matrix units switched over, for the whole process."""
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = name == "tf32"  # convolutions have a switch of their own, which is on by default
-    return PRECISIONS[name]
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
@@ -251,7 +203,7 @@ def generate(
 
     Args:
         model: with weights in the precision to sample with, or under the caller's autocast.
-        space: what turns latents into images (`data.load_space`).
+        space: what turns latents into images (`autoencoders.load_space`).
         indices: which image of the seed each one is; 0, 1, ... by default.
         progress: wraps the iterable of sampling steps of each batch.
 
@@ -404,88 +356,6 @@ def check_settings(config: DiTConfig, objective, settings: Settings) -> None:
         time_scale=objective.time_scale,
     )
     objective.sample(denoise, x, settings.steps, settings.sampler, randn=lambda: x)
-
-
-def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """(N, H, W, 3) -> one picture, `columns` wide, with a margin of 2 pixels; tiny images are enlarged to see them."""
-    columns, factor = min(columns, len(images)), max(1, 48 // images.shape[1])
-    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    count, height, width, _ = images.shape
-    rows = math.ceil(count / columns)
-    grid = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2, 3), 255, dtype=np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * (height + 2) + 2, i % columns * (width + 2) + 2
-        grid[top : top + height, left : left + width] = image
-    return grid
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-def save_png(path: Path, image: np.ndarray) -> None:
-    with replacing(path) as file:
-        Image.fromarray(image).save(file, format="png")
-
-
-def save_npz(path: Path, batches: Iterable[np.ndarray], labels: Sequence[int]) -> None:
-    """Write `arr_0` (N, H, W, 3) uint8 and `labels` (N,) int64, one batch (n, H, W, 3) in memory at a time.
-
-    `np.load` and the ADM evaluation suite read the file; its bytes depend on the images and labels alone.
-    """
-    labels = np.asarray(labels, dtype=np.int64)
-    batches = iter(batches)
-    first, written = next(batches), 0
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *first.shape[1:])}
-    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-            np.lib.format.write_array_header_1_0(member, header)
-            for batch in itertools.chain([first], batches):
-                assert batch.dtype == np.uint8 and batch.shape[1:] == first.shape[1:]
-                member.write(np.ascontiguousarray(batch))
-                written += len(batch)
-        assert written == len(labels), f"{written} images for {len(labels)} labels"
-        with archive.open(zipfile.ZipInfo("labels.npy"), "w") as member:
-            np.lib.format.write_array(member, labels, version=(1, 0))
-
-
-def open_npz(path: Path, verify: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, H, W, 3) uint8, memory-mapped, and labels (N,) of a file that `save_npz` wrote.
-
-    Args:
-        verify: read all of it, to compare its checksums.
-
-    Raises:
-        UsageError: it is missing, cut, damaged, or something else.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if verify and (damaged := archive.testzip()):
-                raise ValueError(f"the checksum of {damaged} is wrong")
-            with archive.open("labels.npy") as member:
-                labels = np.lib.format.read_array(member)
-            images = map_array(path, archive, "arr_0.npy")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path} is not a whole .npz file of images and labels ({error})") from None
-    return images, labels
-
-
-def map_array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """An array of the `.npz` file at `path`, opened as `archive`, memory-mapped.
-
-    Raises:
-        ValueError: it is compressed, or in another format than `np.savez` writes.
-        KeyError: there is none of this name.
-    """
-    member = archive.getinfo(name)
-    if member.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{name} is compressed")
-    with open(path, "rb") as file:
-        file.seek(member.header_offset + 26)  # of the local header's 30 bytes, the last four: lengths of what follows
-        file.seek(member.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist()))
-        if (version := np.lib.format.read_magic(file)) != (1, 0):
-            raise ValueError(f"{name} has a header of version {version}")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        return np.memmap(path, dtype, "r", file.tell(), shape, order="F" if fortran else "C")
 
 
 # --------------------------------------------------------------------------------------------------- from a checkpoint

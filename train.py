@@ -27,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import distributed
+import machine
 import runs
-import sampling
 import training
 from expert_parallel import check_expert_parallel, deal_experts
 from models import DiT
@@ -93,7 +93,7 @@ class DDPEngine:
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        self.dtype = sampling.set_precision(run.args.precision)
+        self.dtype = machine.set_precision(run.args.precision)
 
         with torch.device("meta"):
             self.module = DiT(run.config)

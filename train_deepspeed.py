@@ -23,8 +23,8 @@ from torch import Tensor
 import checkpoint
 import cli
 import distributed
+import machine
 import runs
-import sampling
 import training
 from cli import UsageError
 from files import UNFINISHED
@@ -268,7 +268,7 @@ class ZeroEngine:
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        self.dtype = sampling.set_precision(args.precision)
+        self.dtype = machine.set_precision(args.precision)
         self.deepspeed = import_deepspeed(args.device)
         self._check_precision(args.precision)
         self._join()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import checkpoint
 import evaluation
+import image_files
 import sampling
 from analysis.routing import Recorder, recording
 from cli import RunStopped
@@ -379,10 +380,10 @@ def draw_grid(run: Run, engine: Engine, step: int) -> None:
         network = recording(model, run.objective, labels, settings)
         images = np.concatenate(list(sampling.generate(network, run.objective, run.space, labels, settings)))
     if run.processes.is_main:
-        grid, folder = sampling.image_grid(images, columns=8), run.folder / "samples"
+        grid, folder = image_files.image_grid(images, columns=8), run.folder / "samples"
         with dispensable(folder):
             folder.mkdir(exist_ok=True)
-            sampling.save_png(folder / f"{step:07d}.png", grid)
+            image_files.save_png(folder / f"{step:07d}.png", grid)
         run.log.image(step, "samples", grid)
         if isinstance(network, Recorder):
             draw_routing(run, step, network)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import distributed
+import machine
 import sampling
 from analysis.routing import Recorder, RoutingData, Tally, evaluation_times
 from cli import Parser, RunStopped, UsageError, natural_int, number_in, positive_int, run
@@ -50,8 +51,8 @@ def get_parser() -> Parser:
 def main(args) -> None:
     processes = distributed.start(args.device)
     try:
-        precision = sampling.choose_precision(args.precision, processes.device)
-        dtype = sampling.set_precision(precision)
+        precision = machine.choose_precision(args.precision, processes.device)
+        dtype = machine.set_precision(precision)
         loaded = processes.together(lambda: sampling.load_for_sampling(args, processes.device, dtype))
 
         job = processes.together(lambda: plan(args, loaded, precision))

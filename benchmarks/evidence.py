@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 
 import cli
 from analysis.plan import flops, parameter_counts, tokens_per_image
+from autoencoders import load_space
 from benchmarks.digits_runs import ALPHA, BATCH, FLOW, MODEL, train
-from data import load_space
 from diffusion import GaussianDiffusion, RectifiedFlow
 from files import replacing
 from metrics import Judge, Moments, frechet_distance, pixel_features

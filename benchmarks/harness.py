@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 import cli
 import distributed
-import sampling
 from analysis.plan import GPUS, Precision, elementwise_bytes, flops
 from files import write_json
+from machine import PRECISIONS, choose_precision, set_precision
 from models import DiT, DiTConfig
 
 RESULTS = Path("results/benchmarks")
@@ -66,7 +66,7 @@ def start(args) -> torch.device:
 def add_network_arguments(parser: cli.Parser, seconds: float, compile: bool = True) -> None:
     """The flags of benchmarks that run networks, for at most some `seconds` by default."""
     parser.add_argument("--seconds", type=cli.number_in(1, 1e6), default=seconds, help="begin no case after so long")
-    parser.add_argument("--precision", choices=sampling.PRECISIONS, help="bf16 on a GPU, else fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, help="bf16 on a GPU, else fp32")
     if compile:
         parser.add_switch(parser, "--compile", None, "measure compiled ones too (default: on a GPU)")
 
@@ -74,7 +74,7 @@ def add_network_arguments(parser: cli.Parser, seconds: float, compile: bool = Tr
 def start_network(args) -> "tuple[torch.device, torch.dtype, Rates, TimeLimit]":
     """What such a benchmark begins with: where, in which precision, how fast the machine is, when to end."""
     device = start(args)
-    dtype = sampling.set_precision(sampling.choose_precision(args.precision, device))
+    dtype = set_precision(choose_precision(args.precision, device))
     return device, dtype, measured_rates(device, dtype, args.quick), TimeLimit(args.seconds)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import cli
-import sampling
+import machine
 from analysis.plan import flops, plan
 from benchmarks import harness
 from benchmarks.harness import Goal, Rates
@@ -263,7 +263,7 @@ def fast_dit_row(setting: str, device: torch.device, rates: Rates, quick: bool) 
     """One line of fast-DiT's table on this machine; its first two encode the images of each batch."""
     row = {"setting": setting}
     mixed, features = "mixed precision" in setting, "features" in setting
-    dtype = sampling.set_precision("bf16" if mixed else "tf32")
+    dtype = machine.set_precision("bf16" if mixed else "tf32")
     images = 4 if quick else 128
     config = build_config("DiT-Nano/2" if quick else "DiT-XL/2")
     try:

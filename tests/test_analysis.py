@@ -25,8 +25,8 @@ import checkpoint
 import sampling
 from analysis import expert_data, heatmaps, plots, report, routing
 from analysis.routing import RoutingData, Tally, evaluation_times, mutual_information
+from autoencoders import PixelSpace
 from cli import UsageError
-from data import PixelSpace
 from diffusion import GaussianDiffusion, RectifiedFlow
 from models import DiTConfig, build_config
 

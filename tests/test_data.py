@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
+import autoencoders
 import data
+from autoencoders import LatentVAE, PixelSpace, SpaceInfo
 from benchmarks.data import write_shards
 from cli import UsageError
-from data import AS_BEFORE, BatchSchedule, ImageData, LatentVAE, PixelSpace, Reading, SpaceInfo, UnreadableImages
+from data import AS_BEFORE, BatchSchedule, ImageData, Reading, UnreadableImages
 from latents import LatentFiles, LatentShards, open_features, write_manifest
 
 LATENT = SpaceInfo("tiny", channels=4, downsample=4, scaling_factor=1.0, shift_factor=0.0, samples_posterior=True)
@@ -124,14 +126,14 @@ def test_hidden_names_are_no_data(tmp_path):
     """Neither classes nor images: labels and order are those of the same folder without them."""
     root = write_images(tmp_path / "images", ("class0", "class1"), 2)
     _, names, labels, _ = data.images_by_class(str(root))
-    plain = ImageData(str(root), 8, data.space_info("none"), seed=0)
+    plain = ImageData(str(root), 8, autoencoders.space_info("none"), seed=0)
     for folder in ("__MACOSX/class0", ".thumbnails", "class0/.cache", "class1/__MACOSX"):
         (root / folder).mkdir(parents=True)
         (root / folder / "x.png").write_bytes(b"no image")
     (root / "class0" / "._0.png").write_bytes(b"no image")
     found = data.images_by_class(str(root))
     assert found == (["class0", "class1"], names, labels, []) and len(names) == 4
-    assert ImageData(str(root), 8, data.space_info("none"), seed=0).fingerprint() == plain.fingerprint()
+    assert ImageData(str(root), 8, autoencoders.space_info("none"), seed=0).fingerprint() == plain.fingerprint()
 
 
 def test_pictures_that_are_not_read_are_said(tmp_path):
@@ -139,14 +141,14 @@ def test_pictures_that_are_not_read_are_said(tmp_path):
     Image.new("RGB", (8, 8)).save(root / "class1" / "x.gif")
     for name in ("notes.txt", "paper.pdf", "data.h5", "figure.eps"):
         (root / "class0" / name).write_text("no picture")
-    (note,) = ImageData(str(root), 8, data.space_info("none"), seed=0).notes
+    (note,) = ImageData(str(root), 8, autoencoders.space_info("none"), seed=0).notes
     assert re.match(r"1 images are not read, for their suffix \(\.gif\): class1/x\.gif", note)
 
 
 def test_how_pixels_are_read_is_part_of_the_fingerprint(tmp_path):
     root = str(write_images(tmp_path / "images", ("class0", "class1"), 2))
     readings = (Reading(), Reading("black"), Reading(upright=False), AS_BEFORE)
-    sets = [ImageData(root, 8, data.space_info("none"), seed=0, reading=reading) for reading in readings]
+    sets = [ImageData(root, 8, autoencoders.space_info("none"), seed=0, reading=reading) for reading in readings]
     assert len({each.fingerprint() for each in sets}) == 4
     assert [each.record().get("reading") for each in sets] == [reading.config() for reading in readings[:3]] + [None]
 
@@ -867,13 +869,13 @@ def test_loader_works_where_workers_are_spawned(tmp_path):
 
 
 def test_pixel_space_is_the_identity():
-    space = data.load_space("none")
+    space = autoencoders.load_space("none")
     x = torch.rand(2, 3, 8, 8) * 2 - 1
     assert torch.equal(space.to("cpu").encode(x, torch.randn_like(x)), x)
     assert torch.equal(space.decode(x), x)
     assert space.decode(torch.tensor([-1.5, 2.0])).tolist() == [-1, 1]  # a sampler may overshoot
     assert (space.channels, space.downsample, space.samples_posterior) == (3, 1, False)
-    assert data.space_info("none").config() == space.config()
+    assert autoencoders.space_info("none").config() == space.config()
     assert json.loads(json.dumps(space.config())) == {
         "path": "none", "scaling_factor": 1.0, "downsample": 1, "channels": 3
     }  # fmt: skip
@@ -910,10 +912,10 @@ def vae_copy(tiny_vae, tmp_path):
 @torch.no_grad()
 def test_latent_vae_encodes_and_decodes_as_by_hand(tiny_vae):
     folder, vae = tiny_vae
-    space = data.load_space(str(folder)).to("cpu")
+    space = autoencoders.load_space(str(folder)).to("cpu")
     assert (space.channels, space.downsample, space.samples_posterior) == (2, 4, True)
     assert space.config() == {"path": str(folder), "scaling_factor": 0.5, "downsample": 4, "channels": 2}
-    assert data.space_info(str(folder)) == SpaceInfo(str(folder), 2, 4, 0.5, 0.25, True)
+    assert autoencoders.space_info(str(folder)) == SpaceInfo(str(folder), 2, 4, 0.5, 0.25, True)
 
     x, noise = torch.rand(3, 3, 16, 16) * 2 - 1, torch.randn(3, 2, 4, 4)
     mean, log_variance = vae.quant_conv(vae.encoder(x)).chunk(2, dim=1)
@@ -931,7 +933,7 @@ def test_defaults_of_an_old_config_without_scaling_factor(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512]})
     )
-    assert data.space_info(str(tmp_path)) == SpaceInfo(str(tmp_path), 4, 8, 0.18215, 0.0, True)
+    assert autoencoders.space_info(str(tmp_path)) == SpaceInfo(str(tmp_path), 4, 8, 0.18215, 0.0, True)
 
 
 def test_a_pipeline_a_relative_path_and_home(vae_copy, monkeypatch):
@@ -941,8 +943,8 @@ def test_a_pipeline_a_relative_path_and_home(vae_copy, monkeypatch):
     vae_copy.rename(pipeline / "vae")
     monkeypatch.chdir(pipeline.parent)
     monkeypatch.setenv("HOME", str(pipeline.parent))
-    assert data.space_info("~/pipeline") == data.space_info("pipeline")
-    space = data.load_space("pipeline")
+    assert autoencoders.space_info("~/pipeline") == autoencoders.space_info("pipeline")
+    space = autoencoders.load_space("pipeline")
     assert space.config()["path"] == str(pipeline)
     assert space.encode(torch.zeros(1, 3, 8, 8), torch.zeros(1, 2, 2, 2)).shape == (1, 2, 2, 2)
 
@@ -952,13 +954,13 @@ def test_a_missing_folder_is_found_at_once(path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", None)  # not even tried
     start = time.perf_counter()
     with pytest.raises(UsageError, match="does not exist"):
-        data.load_space(path)
+        autoencoders.load_space(path)
     assert time.perf_counter() - start < 0.5
 
 
 def test_folders_that_hold_no_autoencoder(tmp_path):
     with pytest.raises(UsageError, match=r"no config\.json"):
-        data.load_space(str(tmp_path))
+        autoencoders.load_space(str(tmp_path))
     config = tmp_path / "config.json"
     for content, words in {
         '{"_class_name": "UNet2DModel"}': "UNet2DModel; expected an AutoencoderKL",
@@ -971,9 +973,9 @@ def test_folders_that_hold_no_autoencoder(tmp_path):
     }.items():
         config.write_text(content)
         with pytest.raises(UsageError, match=words):
-            data.load_space(str(tmp_path))
+            autoencoders.load_space(str(tmp_path))
     with pytest.raises(UsageError, match="is a file"):
-        data.load_space(str(config))
+        autoencoders.load_space(str(config))
 
 
 @pytest.mark.parametrize(
@@ -988,7 +990,7 @@ def test_folders_that_hold_no_autoencoder(tmp_path):
 def test_broken_weights(vae_copy, damage, words):
     from safetensors.torch import load_file, save_file
 
-    weights = vae_copy / data.VAE_WEIGHTS
+    weights = vae_copy / autoencoders.VAE_WEIGHTS
     state = load_file(weights)
     bias = state.pop("decoder.conv_in.bias")
     if damage == "truncated":
@@ -1012,7 +1014,7 @@ def test_a_cached_hub_name_needs_no_network(tiny_vae, tmp_path, monkeypatch):
     (repo / "refs" / "main").write_text("0123456789" * 4)
     (repo / "snapshots").mkdir()
     os.symlink(tiny_vae[0], repo / "snapshots" / ("0123456789" * 4))
-    space = data.load_space("ema")
+    space = autoencoders.load_space("ema")
     assert space.config()["path"] == "stabilityai/sd-vae-ft-ema"
     assert space.scaling_factor == 0.5
 
@@ -1023,6 +1025,6 @@ def test_an_unreachable_hub_fails_soon_with_one_line(tmp_path, monkeypatch):
     start = time.perf_counter()
     for name in ("mse", "owner/name", "owner/no name"):
         with pytest.raises(UsageError, match=r"download it .* give its folder") as caught:
-            data.load_space(name)
+            autoencoders.load_space(name)
         assert "\n" not in str(caught.value)
     assert time.perf_counter() - start < 5

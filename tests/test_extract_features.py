@@ -17,12 +17,14 @@ from conftest import script, write_images
 from faults import Child, wait_until
 from PIL import Image
 
+import autoencoders
 import cli
 import data
 import extract_features
 import train
+from autoencoders import load_space
 from cli import RunStopped, UsageError
-from data import ImageData, load_space
+from data import ImageData
 from latents import LatentShards
 
 NANO = ["--model", "DiT-Nano/2", "--num-classes", "4", "--num-workers", "0", "--global-batch-size", "8", "--device=cpu"]
@@ -115,7 +117,7 @@ def test_shards_hold_the_moments_of_images_and_mirror_images(images, autoencoder
 def test_the_manifest_says_all_about_them(images, autoencoder, tmp_path):
     folder = extract(images, autoencoder, tmp_path / "f")
     manifest = manifest_of(folder)
-    facts = data.space_info(str(autoencoder))
+    facts = autoencoders.space_info(str(autoencoder))
     dataset = ImageData(str(images), 16, facts, seed=0)
     assert manifest["data"] == {
         "samples": 20,
@@ -247,13 +249,13 @@ def test_other_precisions_are_near(images, autoencoder, tmp_path, precision):
 
 def test_a_batch_that_overflows_in_float16_is_encoded_in_float32(images, autoencoder, tmp_path, monkeypatch):
     exact = content(extract(images, autoencoder, tmp_path / "a"))
-    moments = data.LatentVAE.moments
+    moments = autoencoders.LatentVAE.moments
 
     def overflowing(self, x, dtype=torch.float32):
         mean, std = moments(self, x)
         return (mean * float("nan"), std) if dtype == torch.float16 else (mean, std)
 
-    monkeypatch.setattr(data.LatentVAE, "moments", overflowing)
+    monkeypatch.setattr(autoencoders.LatentVAE, "moments", overflowing)
     found = content(extract(images, autoencoder, tmp_path / "b", "--precision", "fp16"))
     assert all(found[name] == exact[name] for name in exact if name.endswith(".npy"))
 

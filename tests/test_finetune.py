@@ -24,10 +24,11 @@ import sampling
 import train
 import weights
 from analysis import expert_data
+from autoencoders import space_info
 from benchmarks.data import write_files
 from classes import Classes
 from cli import UsageError
-from data import AS_BEFORE, ImageData, space_info
+from data import AS_BEFORE, ImageData
 from diffusion import objective_from_config
 
 TINY = ["--model", "DiT-Nano/2", "--vae-path", "none", "--image-size", 8, "--flip", "False", "--num-workers", 0]

@@ -21,11 +21,12 @@ from test_sampling import publish, random_model
 from test_scripts import accepted_by, bash, flags, torchrun  # noqa: F401 (a fixture)
 
 import checkpoint
+import image_files
 import sample_ddp
 import sampling
+from autoencoders import PixelSpace
 from classes import Classes
 from cli import RunStopped, UsageError, run
-from data import PixelSpace
 from diffusion import RectifiedFlow
 
 COMMON = ["--vae-path", "none", "--num-sampling-steps", "4", "--device", "cpu"]
@@ -88,7 +89,7 @@ def test_npz_and_png_files_are_the_same_images(ckpt, tmp_path, capsys, drawn):
     assert images.shape == (11, 8, 8, 3) and images.dtype == np.uint8
     assert labels.shape == (11,) and labels.dtype == np.int64 and drawn == list(range(11))
     assert np.array_equal(adm_images(folder / "samples.npz"), images)
-    mapped, same_labels = sampling.open_npz(folder / "samples.npz")
+    mapped, same_labels = image_files.open_npz(folder / "samples.npz")
     assert isinstance(mapped, np.memmap) and np.array_equal(mapped, images) and np.array_equal(same_labels, labels)
     names = [f"{i:06d}.png" for i in range(11)]
     assert [path.name for path in pngs(folder)] == names
@@ -325,8 +326,8 @@ def test_damaged_parts_are_drawn_again(ckpt, tmp_path, drawn):
     folder = interrupt(ckpt, tmp_path / "cut", 5, *flags)
     cut, relabelled, short, flipped, _ = sorted(parts(tmp_path / "cut"))
     cut.write_bytes(cut.read_bytes()[:-30])
-    sampling.save_npz(relabelled, [np.zeros((2, 8, 8, 3), np.uint8)], [3, 2])
-    sampling.save_npz(short, [np.zeros((1, 8, 8, 3), np.uint8)], [0])
+    image_files.save_npz(relabelled, [np.zeros((2, 8, 8, 3), np.uint8)], [3, 2])
+    image_files.save_npz(short, [np.zeros((1, 8, 8, 3), np.uint8)], [0])
     content = bytearray(flipped.read_bytes())
     content[300] ^= 4
     flipped.write_bytes(content)
@@ -542,26 +543,26 @@ def test_help_and_missing_checkpoint_as_a_process(tmp_path):
 def test_npz_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.npz"
     images = np.random.default_rng(0).integers(0, 256, (7, 4, 6, 3), dtype=np.uint8)
-    sampling.save_npz(path, [images[:3], images[3:7:1]], range(7))
+    image_files.save_npz(path, [images[:3], images[3:7:1]], range(7))
     before = path.read_bytes()
     with np.load(path) as file:
         assert np.array_equal(file["arr_0"], images) and file["labels"].tolist() == list(range(7))
     with pytest.raises(AssertionError, match="3 images for 7 labels"):
-        sampling.save_npz(path, [images[:3]], range(7))
+        image_files.save_npz(path, [images[:3]], range(7))
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.npz"]
-    sampling.save_npz(path, [images[:1], images[1:]], range(7))
+    image_files.save_npz(path, [images[:1], images[1:]], range(7))
     assert path.read_bytes() == before, "the bytes depend on the images alone"
     for cut in (b"", before[:100], before[: len(before) // 2], before[:-1]):
         path.write_bytes(cut)
         with pytest.raises(UsageError, match="not a whole .npz"):
-            sampling.open_npz(path)
+            image_files.open_npz(path)
 
 
 MEMORY = """
 import sys
 from pathlib import Path
 import numpy as np
-import sampling
+import image_files
 
 def held():
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
@@ -572,12 +573,12 @@ def parts():
     global most
     for i in range(50):
         path = folder / f"{i}.npz"
-        sampling.save_npz(path, [np.full((32, 256, 256, 3), i, np.uint8)], [i] * 32)
-        yield sampling.open_npz(path)[0]
+        image_files.save_npz(path, [np.full((32, 256, 256, 3), i, np.uint8)], [i] * 32)
+        yield image_files.open_npz(path)[0]
         path.unlink()
         most = max(most, held())
 
-sampling.save_npz(folder / "all.npz", parts(), [0] * 1600)
+image_files.save_npz(folder / "all.npz", parts(), [0] * 1600)
 print(most - before)
 """
 
@@ -589,7 +590,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     )
     assert (tmp_path / "all.npz").stat().st_size > 300e6
     assert float(result.stdout) < 30, result.stdout
-    images, _ = sampling.open_npz(tmp_path / "all.npz")
+    images, _ = image_files.open_npz(tmp_path / "all.npz")
     assert images.shape == (1600, 256, 256, 3) and (images[::32, 0, 0, 0] == np.arange(50)).all()
     (tmp_path / "all.npz").unlink()
 
@@ -598,10 +599,10 @@ def test_more_than_4_gb_fit_the_format(tmp_path, monkeypatch):
     """With the limit of the old zip format lowered, the file takes the extension that a large one needs."""
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
     images = np.arange(40 * 8 * 8 * 3, dtype=np.uint32).astype(np.uint8).reshape(40, 8, 8, 3)
-    sampling.save_npz(tmp_path / "a.npz", np.array_split(images, 3), range(40))
+    image_files.save_npz(tmp_path / "a.npz", np.array_split(images, 3), range(40))
     with np.load(tmp_path / "a.npz") as file:
         assert np.array_equal(file["arr_0"], images)
-    assert np.array_equal(sampling.open_npz(tmp_path / "a.npz")[0], images)
+    assert np.array_equal(image_files.open_npz(tmp_path / "a.npz")[0], images)
 
 
 # -------------------------------------------------------------------------------------------------------- shell script

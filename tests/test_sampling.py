@@ -14,8 +14,9 @@ import sample
 import sample_ddp
 import sampling
 import train
+from autoencoders import PixelSpace
 from cli import RunStopped, UsageError
-from data import PixelSpace, draw_randomness
+from data import draw_randomness
 from diffusion import GaussianDiffusion, RectifiedFlow
 from models import build_model
 

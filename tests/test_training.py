@@ -23,8 +23,8 @@ from torch.torch_version import TorchVersion
 import checkpoint
 import cli
 import distributed
+import machine
 import runs
-import sampling
 import train
 import training
 from diffusion import RectifiedFlow
@@ -792,8 +792,8 @@ def test_experts_that_an_old_pytorch_cannot_trace_are_refused(monkeypatch):
     sparse, dense = build_config("DiT-Nano/2", num_experts=4), build_config("DiT-Nano/2")
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
     with pytest.raises(cli.UsageError, match="experts in float16 needs PyTorch 2.15 or newer, this is 2.11.0"):
-        sampling.check_compile(sparse, torch.float16)
-    sampling.check_compile(sparse, torch.bfloat16)
-    sampling.check_compile(dense, torch.float32)
+        machine.check_compile(sparse, torch.float16)
+    machine.check_compile(sparse, torch.bfloat16)
+    machine.check_compile(dense, torch.float32)
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.15.0"))
-    sampling.check_compile(sparse, torch.float32)
+    machine.check_compile(sparse, torch.float32)
