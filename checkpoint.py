@@ -367,6 +367,17 @@ class Weights:
         """The tensors under this project's names."""
         return from_published(self.tensors)
 
+    def build(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> DiT:
+        """The model with these weights, read straight to the device in `dtype`; `model(x, t, y)` runs it.
+
+        Raises:
+            UsageError: names or shapes are not those of the configuration.
+        """
+        with torch.device("meta"):
+            model = DiT(self.config)
+        load_into(model, self, device, dtype)
+        return model
+
     @property
     def classes(self) -> Classes:
         names = () if self.record is None else self.record.get("data", {}).get("class_names", ())

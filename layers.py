@@ -18,6 +18,26 @@ import kernels
 from cli import UsageError
 from kernels import NORM_EPS, RMS_EPS, SwiGLU
 
+# --------------------------------------------------------------------------------------------------------------- roles
+
+ROLES = ("input", "hidden", "output", "vector", "table", "router", "expert")
+
+
+def roles_of(model: nn.Module) -> dict[str, str]:
+    """The role of each parameter, by name: what decides how it is updated.
+
+    A module declares those of its own parameters in a dictionary `roles`. Otherwise a matrix is hidden, from width to
+    width, and what has one dimension a vector: a bias, or a norm's weight.
+    """
+    roles = {}
+    for prefix, module in model.named_modules():
+        declared = getattr(module, "roles", {})
+        for name, parameter in module.named_parameters(recurse=False):
+            role = declared.get(name, "hidden" if parameter.ndim > 1 else "vector")
+            roles[f"{prefix}.{name}" if prefix else name] = role
+    return roles
+
+
 # --------------------------------------------------------------------------------------------------------------- norms
 
 
@@ -224,6 +244,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.proj.roles = {"weight": "input"}
 
     def forward(self, x: Tensor) -> Tensor:
         # Contiguous: sums take after their first operand, so all blocks would work on a transposed residual stream.
@@ -245,6 +266,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp[0].roles = {"weight": "input"}
 
     def forward(self, t: Tensor) -> Tensor:
         return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
@@ -259,6 +281,7 @@ class LabelEmbedder(nn.Module):
     def __init__(self, num_labels: int, hidden_size: int):
         super().__init__()
         self.embedding_table = nn.Embedding(num_labels, hidden_size)
+        self.embedding_table.roles = {"weight": "table"}
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)

@@ -368,6 +368,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.linear = nn.Linear(width, config.patch_size**2 * config.out_channels)
+        self.linear.roles = {"weight": "output"}
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.modulation_width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

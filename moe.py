@@ -56,6 +56,7 @@ class Router(nn.Module):
         super().__init__()
         self.top_k, self.normalize, self.scaling_factor = top_k, normalize, scaling_factor
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.roles = {"weight": "router"}
 
     def forward(self, x: Tensor) -> Routing:  # (T, D)
         probs = FP32Linear.apply(x, self.weight).softmax(dim=-1)  # (T, E)
@@ -106,6 +107,7 @@ class SwiGLUExperts(Experts):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden_size))  # (E, 2F, D)
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))  # (E, D, F)
+        self.roles = {"gate_up_proj": "expert", "down_proj": "expert"}
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         hidden = SwiGLU.apply(self.product(x, self.gate_up_proj, offsets))  # (P, F)
@@ -130,6 +132,7 @@ class GELUExperts(Experts):
         self.fc1_bias = nn.Parameter(torch.empty(num_experts, width))  # (E, F)
         self.fc2_weight = nn.Parameter(torch.empty(num_experts, hidden_size, width))  # (E, D, F)
         self.fc2_bias = nn.Parameter(torch.empty(num_experts, hidden_size))  # (E, D)
+        self.roles = {"fc1_weight": "expert", "fc2_weight": "expert", "fc1_bias": "vector", "fc2_bias": "vector"}
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         hidden = F.gelu(self.product(x, self.fc1_weight, offsets, self.fc1_bias), approximate="tanh")  # (P, F)

@@ -7,27 +7,59 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from layers import roles_of
+
 SCHEDULES = ("constant", "cosine", "linear")
+ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True}  # one kernel for all parameters on CUDA, and on a CPU too
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
-    """AdamW's groups: matrices decay; biases, norms and embedding tables do not. One group where nothing decays.
+    """An optimizer's groups, by the roles that layers declare: biases, norms and embedding tables do not decay.
 
-    Parameters that are sharded over different meshes stand in different groups: one kernel cannot take both.
+    Each has an `lr_factor`, its own share of the learning rate (`set_lr`). Parameters that are sharded over different
+    meshes stand in different groups: one kernel cannot take both.
     """
-    groups = {}
+    groups, roles = {}, roles_of(model)
     for name, p in model.named_parameters():
-        decays = weight_decay > 0 and p.ndim > 1 and not name.endswith(("bias", "embedding_table.weight"))
+        decays = weight_decay > 0 and roles[name] not in ("vector", "table")
         groups.setdefault((decays, getattr(p, "device_mesh", None)), []).append(p)
     return [
-        {"params": params, "lr": lr, "weight_decay": weight_decay if decays else 0.0}
+        {"params": params, "lr": lr, "lr_factor": 1.0, "weight_decay": weight_decay if decays else 0.0}
         for (decays, _), params in groups.items()
     ]
 
 
-def build_optimizer(model: nn.Module, lr: float, weight_decay: float, betas=(0.9, 0.999)) -> torch.optim.AdamW:
-    """AdamW in its fused form: one kernel for all parameters on CUDA, and on CPU too."""
-    return torch.optim.AdamW(parameter_groups(model, lr, weight_decay), betas=betas, fused=True)
+def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameter_groups(model, lr, weight_decay), **ADAMW)
+
+
+def set_lr(groups: list[dict], lr: float) -> None:
+    """Give each group its share of the learning rate of this step."""
+    for group in groups:
+        group["lr"] = lr * group.get("lr_factor", 1.0)
+
+
+@torch.no_grad()
+def state_of(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """All that an optimizer keeps, as `<parameter>.<entry>`; shares memory with it.
+
+    Before its first step, that is made for it to be filled: by a step of zero gradients at the rate zero.
+    """
+    if not optimizer.state:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        set_lr(optimizer.param_groups, 0.0)
+        for parameter in named.values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+    return {
+        f"{name}.{entry}": value
+        for name, parameter in named.items()
+        for entry, value in optimizer.state[parameter].items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def lr_factor(step: int, schedule: str, warmup_steps: int, total_steps: int) -> float:

@@ -301,6 +301,26 @@ def prepare(args, processes: distributed.Processes) -> Run:
     return run
 
 
+def new_network(run: Run, whole_blocks: bool = True) -> DiT:
+    """The model of a run, set up as its flags say, without memory: what `DiT.materialize` draws is the same everywhere.
+
+    Args:
+        whole_blocks: nothing within a block escapes compilation.
+    """
+    args = run.args
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    with torch.device("meta"):
+        network = DiT(run.config)
+    network.set_checkpointing(args.activation_checkpointing)
+    network.set_attention(args.attention)
+    if args.compile:
+        network.compile_blocks(fullgraph=whole_blocks)
+    torch.manual_seed(args.global_seed)
+    return network
+
+
 def versions() -> dict[str, str]:
     """Of the packages that the numbers of a run may depend on."""
     found = {}

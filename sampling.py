@@ -416,15 +416,13 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
     settings = Settings.from_args(args, objective, weights.config.in_channels)
     check_settings(weights.config, objective, settings)
 
-    with torch.device("meta"):
-        model = DiT(weights.config)
     if args.cuda_graph and (device.type != "cuda" or dtype != torch.bfloat16):
         raise UsageError("--cuda-graph needs a GPU and --precision bf16")
-    model.set_attention(args.attention)
     check_attention(args.attention, device, dtype, weights.config.hidden_size // weights.config.num_heads)
     if args.compile:
         check_compile(weights.config, dtype)
-    checkpoint.load_into(model, weights, device, dtype)
+    model = weights.build(device, dtype)
+    model.set_attention(args.attention)
     if args.compile:
         model.compile_blocks()
     model.eval().requires_grad_(False)

@@ -9,7 +9,6 @@ torchrun --nnodes=4 ... train.py --model DiT-G/2 --num_experts 16 --data-paralle
 import contextlib
 import errno
 import math
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +30,7 @@ import machine
 import runs
 import training
 from expert_parallel import check_expert_parallel, deal_experts
-from models import DiT
-from optim import EMA, build_optimizer, local
+from optim import EMA, build_optimizer, local, set_lr, state_of
 
 SHARDED = "sharded"  # folder of a checkpoint that holds the state of FSDPEngine
 
@@ -90,18 +88,8 @@ class DDPEngine:
                 f"--activation-checkpointing selective does not go with --data-parallel {args.data_parallel}, "
                 "which gathers weights inside each block; use full, or --data-parallel ddp"
             )
-        if args.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
         self.dtype = machine.set_precision(run.args.precision)
-
-        with torch.device("meta"):
-            self.module = DiT(run.config)
-        self.module.set_checkpointing(args.activation_checkpointing)
-        self.module.set_attention(args.attention)
-        if args.compile:
-            self.module.compile_blocks(fullgraph=self.blocks_are_whole)
-        torch.manual_seed(args.global_seed)  # the same initial weights on every process
+        self.module = runs.new_network(run, self.blocks_are_whole)
         self.model = self._place()
         if run.start is not None:
             weights, named = run.start.state_dict(self.module, args.global_seed), dict(self.module.named_parameters())
@@ -136,8 +124,7 @@ class DDPEngine:
         self.scaler.scale(loss).backward()
 
     def step(self, lr: float, loss_is_finite: bool) -> training.Update:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer.param_groups, lr)
         self.scaler.unscale_(self.optimizer)
         norm = self._clip().item()
         applied = loss_is_finite and math.isfinite(norm)
@@ -176,26 +163,12 @@ class DDPEngine:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """All tensors that a resumed run needs, by part and name; they share memory with the engine's own."""
-        named = dict(self.module.named_parameters())
-        if not self.optimizer.state:  # before the first step
-            for parameter in named.values():
-                zeros = {entry: torch.zeros_like(parameter) for entry in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = {"step": torch.zeros((), device=self._step_device())} | zeros
-        optimizer = {
-            f"{name}.{entry}": value
-            for name, parameter in named.items()
-            for entry, value in self.optimizer.state[parameter].items()
-        }
-        buffers = dict(self.module.named_buffers())
+        named, buffers = dict(self.module.named_parameters()), dict(self.module.named_buffers())
         return {
             "model": named | buffers,
             "ema": self.ema.as_parameters(self.module) | buffers,
-            "optimizer": optimizer,
+            "optimizer": state_of(self.optimizer, named),
         }
-
-    def _step_device(self) -> torch.device:
-        """Where fused AdamW counts its steps."""
-        return self.device
 
     def snapshot(self, folder: Path, config: dict, state: dict) -> Callable[[], None]:
         if not self.processes.is_main:

@@ -29,10 +29,9 @@ import training
 from cli import UsageError
 from files import UNFINISHED
 from models import DiT
-from optim import parameter_groups
+from optim import ADAMW, parameter_groups, set_lr
 
 STATE = "deepspeed"  # folder of a checkpoint that holds DeepSpeed's own state, and the tag within it
-BETAS, EPS = (0.9, 0.999), 1e-8
 CONVERSION = 86_400  # seconds that the others wait while rank 0 converts a state: longer than for any step
 
 
@@ -141,8 +140,8 @@ def complete_config(config: dict, run: runs.Run) -> dict:
         "fp16.enabled": (f"--precision {args.precision}, that is,", args.precision == "fp16"),
         "optimizer.params.lr": ("--lr", args.lr),
         "optimizer.params.weight_decay": ("--weight-decay", args.weight_decay),
-        "optimizer.params.betas": ("the optimizer", list(BETAS)),
-        "optimizer.params.eps": ("the optimizer", EPS),
+        "optimizer.params.betas": ("the optimizer", list(ADAMW["betas"])),
+        "optimizer.params.eps": ("the optimizer", ADAMW["eps"]),
     }
     for entry, value in entries(config):
         flag, ours = decided.get(entry, (None, None))
@@ -265,30 +264,21 @@ class ZeroEngine:
                 raise UsageError(
                     f"{flag} does not go with ZeRO-3, which gathers weights inside each block; use zero2.json"
                 )
-        if args.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
         self.dtype = machine.set_precision(args.precision)
         self.deepspeed = import_deepspeed(args.device)
         self._check_precision(args.precision)
         self._join()
 
-        with torch.device("meta"):
-            self.module = DiT(run.config)
-        self.module.set_checkpointing(args.activation_checkpointing)
-        self.module.set_attention(args.attention)
-        if args.compile:
-            self.module.compile_blocks()
+        self.module = runs.new_network(run)
         # DeepSpeed switches an autocast around its forward off: it has to be inside.
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.module.forward = autocast(self.module.forward)
         groups = parameter_groups(self.module, args.lr, args.weight_decay)  # by shape, which sharding will take away
         names = {parameter: name for name, parameter in self.module.named_parameters()}
-        torch.manual_seed(args.global_seed)  # the same initial weights on every process
         self.module.materialize(self.device, then=self._shard(config) if self.stage == 3 else None)
         parameters = dict(self.module.named_parameters())
         groups = [group | {"params": [parameters[names[p]] for p in group["params"]]} for group in groups]
-        optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
+        optimizer = torch.optim.AdamW(groups, **ADAMW)
         self.engine = self.deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)[0]
         self.zero = self.engine.optimizer
         self.fragments = {name: self._fragment(parameter) for name, parameter in parameters.items()}
@@ -402,8 +392,7 @@ class ZeroEngine:
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr: float, loss_is_finite: bool) -> training.Update:
-        for group in self.zero.param_groups:
-            group["lr"] = lr
+        set_lr(self.zero.param_groups, lr)
         self.engine.step()
         applied = self.engine.was_step_applied()
         if applied:

@@ -170,10 +170,7 @@ def objective_of(weights: checkpoint.Weights, said_rf: bool | None) -> dict:
 
 def load_source(weights: checkpoint.Weights) -> DiT:
     """The source in fp32 on the CPU; an fp32 file stays memory-mapped."""
-    with torch.device("meta"):
-        model = DiT(weights.config)
-    checkpoint.load_into(model, weights)
-    return model.float().eval().requires_grad_(False)
+    return weights.build().eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -313,3 +313,21 @@ def test_which_checkpoints_are_kept(tmp_path):
     assert [int(path.name) for path in checkpoint.checkpoints_of(tmp_path)] == [20, 18, 12, 6]
     (tmp_path / "12345678").mkdir()  # numbers, not names, are in order
     assert checkpoint.checkpoints_of(tmp_path)[0].name == "12345678"
+
+
+def test_what_is_written_is_a_copy_of_any_layout_and_errors_keep_their_number(tmp_path, monkeypatch):
+    value = torch.ones(2, 3)
+    copy = checkpoint.copied({"w": value})["w"]
+    value.zero_()
+    assert copy.tolist() == [[1] * 3] * 2
+    turned = torch.arange(6.0).view(2, 3).T
+    checkpoint.save(tmp_path / "1", {"model": {"w": turned}}, {"config": {}})
+    assert torch.equal(checkpoint.read_tensors(tmp_path / "1", "model")["w"], turned)
+
+    def full(*_):
+        raise checkpoint.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError) as error:
+        checkpoint.save(tmp_path / "2", {"model": {"w": turned}}, {"config": {}})
+    assert error.value.errno == 28

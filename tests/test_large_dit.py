@@ -212,9 +212,7 @@ def folder(tmp_path: Path, name: str) -> Path:
 
 
 def evaluated(weights: checkpoint.Weights) -> DiT:
-    model = DiT(weights.config)
-    checkpoint.load_into(model, weights)
-    return model.eval()
+    return weights.build().eval()
 
 
 @pytest.mark.parametrize("name", ["large_dit_ckpt_1way", "large_dit_ckpt_2way"])
