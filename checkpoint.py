@@ -38,9 +38,10 @@ from typing_extensions import TypedDict
 
 from classes import Classes
 from cli import UsageError
+from configuration import DiTConfig, infer_config
 from families import FAMILIES, DiT_models, from_published
 from files import UNFINISHED, digest, digest_of, flush_to_disk, write_json
-from models import DiT, DiTConfig, infer_config
+from models import DiT
 from records import BadRecord, Name, OtherVersion, check_record, parse_record, read_record
 
 FORMAT = 1

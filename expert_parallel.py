@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from cli import UsageError
+from configuration import DiTConfig
 from kernels import Dispatch, inverse_permutation, sort_by_expert
-from models import DiTConfig
 from moe import MoE
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 import checkpoint
 from classes import Classes
 from cli import UsageError
-from models import DiT, DiTConfig
+from configuration import DiTConfig
+from models import DiT
 
 TABLE = "y_embedder.embedding_table.weight"
 ENDS = ("x_embedder", "final_layer")  # the parts whose shapes depend on channels and patches

@@ -31,6 +31,7 @@ from typing_extensions import TypedDict
 
 from autoencoders import SpaceInfo, brief
 from cli import UsageError
+from configuration import LIMITS
 from data import (
     FileSamples,
     Samples,
@@ -43,7 +44,6 @@ from data import (
     successors,
 )
 from files import digest, digest_of, replace_json
-from models import LIMITS
 from records import BadRecord, Name, read_record
 
 FORMAT = 1

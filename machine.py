@@ -3,8 +3,8 @@
 import torch
 
 from cli import Parser, UsageError
+from configuration import DiTConfig
 from layers import ATTENTION_BACKENDS
-from models import DiTConfig
 
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -7,29 +7,22 @@ checkpoints, except that experts are stacked; `load_state_dict` takes both spell
 published one.
 """
 
-import argparse
 import functools
-import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import NotRequired, get_type_hints
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from typing_extensions import TypedDict
 
-from cli import Parser, UsageError, boolean, natural_int, number_in, positive_int, unknown_name
-from families import DiT_models, family_of_row, from_published
+from cli import UsageError, unknown_name
+from configuration import DiTConfig, build_config
+from families import from_published
 from kernels import AdaptiveLayerNorm, compute_dtype
 from layers import (
     ATTENTION_BACKENDS,
     MLPS,
-    MOST_POSITIONS,
     NORMS,
     POSITIONS,
-    QK_NORMS,
     AdaptiveRMSNorm,
     Attention,
     LabelEmbedder,
@@ -38,258 +31,7 @@ from layers import (
     TimestepEmbedder,
     position_embedding,
 )
-from moe import EXPERTS, MoE, Routing
-from records import check_record
-
-# ------------------------------------------------------------------------------------------------------- configuration
-
-LIMITS = {  # what a configuration may ask for, so that a broken file builds no model of a million blocks
-    "depth": (1, 1000),
-    "hidden_size": (8, 2**16),
-    "patch_size": (1, 1024),
-    "num_heads": (1, 1024),
-    "input_size": (1, 2**14),
-    "in_channels": (1, 1024),
-    "num_classes": (1, 10**7),
-    "mlp_ratio": (0.001, 1000),
-    "num_experts": (0, 2**15 - 1),  # 0: dense
-    "num_experts_per_tok": (1, 2**15 - 1),
-    "expert_ratio": (0.001, 1000),
-    "num_shared_experts": (0, 1024),
-    "shared_expert_ratio": (0.001, 1000),
-    "num_kv_heads": (0, 1024),  # 0: as many as heads
-    "condition_width": (0, 2**16),  # 0: the hidden size
-    "mlp_multiple": (1, 2**16),
-}
-CHOICES = {"norm": NORMS, "positions": POSITIONS, "mlp": MLPS, "qk_norm": QK_NORMS, "expert_mlp": EXPERTS}
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """Everything that decides a model's function and parameters; stored in every checkpoint."""
-
-    depth: int
-    hidden_size: int
-    patch_size: int
-    num_heads: int
-    input_size: int = 32  # side of the latent: image size / 8 with the usual autoencoder
-    in_channels: int = 4
-    num_classes: int = 1000
-    class_dropout_prob: float = 0.1  # share of labels replaced by the null class; 0: the model has no null class
-    condition_width: int = 0  # of time and class, which modulate the blocks; 0: D
-    norm: str = "layer"  # before attention and MLP: a key of layers.NORMS
-    positions: str = "sincos"  # a key of layers.POSITIONS
-    num_kv_heads: int = 0  # heads of keys and values; 0: as many as of queries
-    attention_bias: bool = True
-    qk_norm: str = (
-        "none"  # LayerNorm of query and key: one of layers.QK_NORMS. True stands for "head", False for "none"
-    )
-    mlp: str = "gelu"  # a key of layers.MLPS
-    mlp_ratio: float = 4.0  # width of the dense MLP over D; of SwiGLU two thirds of that, rounded up
-    mlp_multiple: int = 256  # to a multiple of this
-    learn_sigma: bool = True  # 2C output channels: the second half is the variance of DDPM
-    num_experts: int = 0  # 0: the dense DiT
-    num_experts_per_tok: int = 2
-    expert_mlp: str = "swiglu"  # kind of the routed experts; "gelu": that of the dense MLP, with biases
-    expert_ratio: float = 4.0  # width of a routed expert over D
-    num_shared_experts: int = 2
-    shared_expert_ratio: float = 1.0  # width of one shared expert over D
-    norm_topk_prob: bool = False  # divide the K routing weights by their sum
-    routed_scaling_factor: float = 1.0  # then multiply them by this
-    moe_layers: str = "all"  # which blocks are MoE: all, every-N, deep-half, shallow-half, or a list such as 0,2,5
-
-    def __post_init__(self):
-        object.__setattr__(self, "qk_norm", {True: "head", False: "none"}.get(self.qk_norm, self.qk_norm))
-        for name, (low, high) in LIMITS.items():
-            if not low <= getattr(self, name) <= high:
-                raise UsageError(f"{name} must lie between {low} and {high}, got {getattr(self, name)}")
-        if self.hidden_size % self.num_heads or self.hidden_size % 8:
-            raise UsageError(
-                f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of 8"
-            )
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise unknown_name(name, str(getattr(self, name)), known)
-        if self.num_heads % self.kv_heads:
-            raise UsageError(f"num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}")
-        head = self.hidden_size // self.num_heads
-        if (self.positions, head % 2) == ("rope", 1) or (self.positions == "rope2d" and head % 4):
-            raise UsageError(f"{self.positions} turns pairs of numbers: heads of {head} cannot be cut into pairs")
-        if self.input_size % self.patch_size:
-            raise UsageError(
-                f"input of {self.input_size}x{self.input_size} cannot be cut into patches of {self.patch_size}; "
-                f"choose a model with another patch size or another image size"
-            )
-        if self.positions == "rope" and (self.input_size // self.patch_size) ** 2 > MOST_POSITIONS:
-            raise UsageError(
-                f"rope has {MOST_POSITIONS} positions, an input of {self.input_size}x{self.input_size} in patches of "
-                f"{self.patch_size} has {(self.input_size // self.patch_size) ** 2}; use smaller images, or rope2d"
-            )
-        if not 0 <= self.class_dropout_prob < 1:
-            raise UsageError(f"class_dropout_prob must lie in [0, 1), got {self.class_dropout_prob}")
-        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise UsageError(
-                f"num_experts_per_tok must lie between 1 and num_experts {self.num_experts}, "
-                f"got {self.num_experts_per_tok}"
-            )
-        if self.num_experts and (self.expert_width < 8 or self.expert_width % 8):
-            raise UsageError(
-                f"expert width {self.expert_ratio} x {self.hidden_size} = {self.expert_width} must be a multiple of 8"
-            )
-        if not 0 < self.routed_scaling_factor < math.inf:
-            raise UsageError(f"routed_scaling_factor must be positive, got {self.routed_scaling_factor}")
-        _ = self.moe_indices  # complains about a wrong moe_layers
-
-    @property
-    def out_channels(self) -> int:
-        return self.in_channels * (2 if self.learn_sigma else 1)
-
-    @property
-    def null_class(self) -> int | None:
-        """The label that means "no class", or None for a model trained without label dropout."""
-        return self.num_classes if self.class_dropout_prob > 0 else None
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def side(self) -> int:
-        """Tokens in a row of the image."""
-        return self.input_size // self.patch_size
-
-    @property
-    def modulation_width(self) -> int:
-        return self.condition_width or self.hidden_size
-
-    @property
-    def mlp_width(self) -> int:
-        width = _width(self.mlp_ratio, self.hidden_size)
-        if self.mlp == "swiglu":  # three matrices in place of two
-            width = -(-(2 * width // 3) // self.mlp_multiple) * self.mlp_multiple
-        return width
-
-    @property
-    def expert_width(self) -> int:
-        return _width(self.expert_ratio, self.hidden_size)
-
-    @property
-    def shared_width(self) -> int:
-        return _width(self.num_shared_experts * self.shared_expert_ratio, self.hidden_size)
-
-    @property
-    def moe_indices(self) -> tuple[int, ...]:
-        """The blocks whose MLP is a mixture of experts, ascending."""
-        spec, depth = self.moe_layers, self.depth
-        if not self.num_experts:
-            return ()
-        if spec == "all":
-            return tuple(range(depth))
-        if spec == "deep-half":
-            return tuple(range(depth // 2, depth))
-        if spec == "shallow-half":
-            return tuple(range(depth // 2))
-        if (every := re.fullmatch(r"every-([1-9]\d*)", spec)) and int(every[1]) <= depth:
-            return tuple(range(int(every[1]) - 1, depth, int(every[1])))
-        if re.fullmatch(r"\d+(,\d+)*", spec):
-            chosen = tuple(sorted({int(index) for index in spec.split(",")}))
-            if chosen[-1] < depth:
-                return chosen
-        raise UsageError(
-            f"moe_layers {spec!r} is none of all, every-N (N up to {depth}), deep-half, shallow-half, "
-            f"or a list of blocks from 0 to {depth - 1} such as 0,2,5"
-        )
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping) -> "DiTConfig":
-        """Raises UsageError for options that this version does not know, or values that none has."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise UsageError(f"unknown model options {', '.join(unknown)}: written by a newer version?")
-        if isinstance(values.get("qk_norm"), bool):  # of before there were two kinds
-            values = values | {"qk_norm": "head" if values["qk_norm"] else "none"}
-        return cls(**check_record(values, _config_record(), "model options"))
-
-
-@functools.cache
-def _config_record() -> type:
-    """The fields of a `DiTConfig` as JSON holds them; those with a default may be absent."""
-    hints = get_type_hints(DiTConfig)
-    return TypedDict(
-        "Model",
-        {f.name: hints[f.name] if f.default is MISSING else NotRequired[hints[f.name]] for f in fields(DiTConfig)},
-    )
-
-
-def _width(ratio: float, hidden_size: int) -> int:
-    """Rounded down, but a ratio that came from a width over D gives that width, whatever the division rounded."""
-    return int(ratio * hidden_size + 1e-6)
-
-
-def build_config(name: str, **options) -> DiTConfig:
-    """The configuration of a row of `DiT_models`; `options` are fields of `DiTConfig` and win over the row.
-
-    As published, XL and G with experts have QK-norm unless `qk_norm` says otherwise; True is the kind of the family.
-    """
-    if name not in DiT_models:
-        raise unknown_name("model", name, DiT_models)
-    options.setdefault("qk_norm", options.get("num_experts", 0) > 0 and name.startswith(("DiT-XL/", "DiT-G/")))
-    if options["qk_norm"] is True:
-        options["qk_norm"] = family_of_row(name).QK_NORM
-    return DiTConfig(**(DiT_models[name] | options))
-
-
-def row_name(config: DiTConfig) -> str | None:
-    """The row of `DiT_models` that a configuration has, or None."""
-    rows = (name for name, row in DiT_models.items() if all(getattr(config, key) == row[key] for key in row))
-    return next(rows, None)
-
-
-def qk_norm(text: str) -> str | bool:
-    """One of `QK_NORMS`, or as for a switch: True for the kind of the family."""
-    if text in QK_NORMS:
-        return text
-    try:
-        return boolean(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"expected {', '.join(QK_NORMS)}, True or False, got {text!r}") from None
-
-
-MODEL_FLAGS = {  # field of DiTConfig: options of its flag, which has its name
-    "num_classes": dict(type=positive_int, help="labels; the data may have fewer (train.py: as many as it has)"),
-    "class_dropout_prob": dict(type=number_in(0, 1), help="labels dropped, for guidance (default: 0.1)"),
-    "num_experts": dict(type=natural_int, help="routed experts per MoE layer (default: 0, a dense model)"),
-    "num_experts_per_tok": dict(type=positive_int, help="experts that each token goes to (default: 2)"),
-    "num_shared_experts": dict(type=natural_int, help="always-on experts of width D (default: 2)"),
-    "expert_ratio": dict(type=number_in(0, 1e3), help="width of a routed expert over D (default: 4)"),
-    "moe_layers": dict(help="all, every-N, deep-half, shallow-half, or 0,2,5 (default: all)"),
-    "norm_topk_prob": dict(type=boolean, nargs="?", const=True, help="divide a token's routing weights by their sum"),
-    "norm": dict(choices=NORMS, help="before attention and feed-forward (default: layer; Large-DiT: rms)"),
-    "positions": dict(choices=POSITIONS, help="a table, or rotations of query and key (sincos; Large-DiT: rope)"),
-    "mlp": dict(choices=MLPS, help="of blocks without experts (default: gelu; Large-DiT: swiglu)"),
-    "num_kv_heads": dict(type=positive_int, help="heads of keys and values (default: as many as of queries)"),
-    "qk_norm": dict(
-        type=qk_norm,
-        nargs="?",
-        const=True,
-        metavar="KIND",
-        help="none, head, full, or True for the family's (default: none; XL and G with experts: head, as published)",
-    ),
-}
-
-
-def add_model_arguments(parser: Parser):
-    """`--model`, and `MODEL_FLAGS`, whose default is None: not said. Returns the group, for more."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", help="row of the table of sizes: DiT-{S,B,L,XL}/{2,4,8}, DiT-G/2, Large-DiT-{600M,3B,7B}/2 (DiT-S/2)"
-    )
-    for name, options in MODEL_FLAGS.items():
-        group.add_argument(f"--{name}" if name.startswith("num_") else f"--{name.replace('_', '-')}", **options)
-    return group
+from moe import MoE, Routing
 
 
 def build_model(name: str, **options) -> "DiT":
@@ -542,9 +284,6 @@ def count_parameters(model: DiT) -> tuple[int, int]:
     return total, total - unused
 
 
-# ---------------------------------------------------------------------------------------------------------- from files
-
-
 def _accept_published_names(model: DiT, state_dict: dict, prefix: str, *_) -> None:
     """Load hook: published names become ours in place, and a missing `pos_embed`, which is fixed, is filled in."""
     if prefix:  # the model is part of a larger module: its names are not the published ones
@@ -554,85 +293,3 @@ def _accept_published_names(model: DiT, state_dict: dict, prefix: str, *_) -> No
         renamed["pos_embed"] = table
     state_dict.clear()
     state_dict.update(renamed)
-
-
-# Fields of DiTConfig that change the function and no shape: of a file that does not describe itself, a flag must tell.
-UNSEEN = ("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor")
-
-
-def infer_config(shapes: Mapping[str, tuple[int, ...]], **known) -> DiTConfig:
-    """The architecture of a state dict from its names and shapes alone.
-
-    What shapes cannot tell comes from the table of sizes (heads), from the published models (label dropout, two shared
-    experts, two experts per token, their plain weights), or from `known`, which wins: `num_heads`,
-    `num_experts_per_tok`, `input_size` of a file without `pos_embed`.
-
-    Raises:
-        UsageError: these are not the names of a DiT, or the heads are in no table.
-    """
-    expected = ["x_embedder.proj.weight", "y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight"]
-    expected += ["blocks.0.attn.qkv.weight", "final_layer.linear.weight"]
-    if absent := [name for name in expected if name not in shapes]:
-        raise UsageError(f"these are not the weights of a DiT: no {absent[0]} among {len(shapes)} names")
-    width, channels, patch, _ = shapes["x_embedder.proj.weight"]
-    depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
-    config = {
-        "depth": depth,
-        "hidden_size": width,
-        "patch_size": patch,
-        "in_channels": channels,
-        "learn_sigma": shapes["final_layer.linear.weight"][0] == 2 * channels * patch**2,
-        "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
-        "norm": "rms" if "blocks.0.norm1.weight" in shapes else "layer",
-        "attention_bias": "blocks.0.attn.qkv.bias" in shapes,
-    }
-    if config["norm"] == "rms" and "pos_embed" not in shapes:  # that is Large-DiT
-        config["positions"] = "rope"
-    if (conditioning := shapes["t_embedder.mlp.0.weight"][0]) != width:
-        config["condition_width"] = conditioning
-    if "pos_embed" in shapes:
-        config["input_size"] = math.isqrt(shapes["pos_embed"][1]) * patch
-    normed = shapes.get("blocks.0.attn.q_norm.weight", (0,))[0]
-    config["qk_norm"] = {0: "none", width: "full"}.get(normed, "head")
-    if config["qk_norm"] == "head":
-        config["num_heads"] = width // normed
-    elif heads := {row["num_heads"] for row in DiT_models.values() if row["hidden_size"] == width}:
-        config["num_heads"] = heads.pop()
-    elif "num_heads" not in known:
-        raise UsageError(f"hidden size {width} is in no row of the table of sizes, so the number of heads is unknown")
-    head = width // (known.get("num_heads") or config["num_heads"])
-    kv_heads = (shapes["blocks.0.attn.qkv.weight"][0] - width) // (2 * head)
-    if kv_heads * head != width:
-        config["num_kv_heads"] = kv_heads
-
-    moe_blocks = [i for i in range(depth) if f"blocks.{i}.moe.gate.weight" in shapes]
-    if moe_blocks:
-        prefix = f"blocks.{moe_blocks[0]}.moe"
-        shared = shapes.get(f"{prefix}.shared_experts.down_proj.weight", (0, 0))[1]
-        config["num_experts"] = shapes[f"{prefix}.gate.weight"][0]
-        config["num_experts_per_tok"] = min(2, config["num_experts"])
-        config["expert_mlp"] = "gelu" if f"{prefix}.experts.fc1_weight" in shapes else "swiglu"
-        down = "fc2_weight" if config["expert_mlp"] == "gelu" else "down_proj"
-        config["expert_ratio"] = shapes[f"{prefix}.experts.{down}"][2] / width
-        config["num_shared_experts"] = 2 if shared else 0
-        config["shared_expert_ratio"] = shared / (2 * width) if shared else 1.0
-        config["moe_layers"] = "all" if len(moe_blocks) == depth else ",".join(map(str, moe_blocks))
-    dense_blocks = [i for i in range(depth) if f"blocks.{i}.mlp.fc1.weight" in shapes]
-    if dense_blocks:
-        config["mlp_ratio"] = shapes[f"blocks.{dense_blocks[0]}.mlp.fc1.weight"][0] / width
-    gated_blocks = [i for i in range(depth) if f"blocks.{i}.mlp.down_proj.weight" in shapes]
-    if gated_blocks:
-        config |= {"mlp": "swiglu"} | _swiglu_width(shapes[f"blocks.{gated_blocks[0]}.mlp.down_proj.weight"][1], width)
-    elif config["norm"] == "rms" and not dense_blocks:
-        config["mlp"] = "swiglu"
-    if "pos_embed" in shapes:
-        known.pop("input_size", None)
-    return DiTConfig(**(config | known))
-
-
-def _swiglu_width(width: int, hidden_size: int) -> dict:
-    """The fields that give a SwiGLU this width: the published rule if it does, else the width itself."""
-    rule = {"mlp_ratio": 4.0, "mlp_multiple": 256}
-    if -(-(2 * 4 * hidden_size // 3) // 256) * 256 == width:
-        return rule
-    return {"mlp_ratio": 1.5 * width / hidden_size, "mlp_multiple": 1}

@@ -25,21 +25,13 @@ import profiling
 from autoencoders import load_space, space_info, vae_below
 from classes import Classes
 from cli import Need, Parser, UsageError, boolean, check_needs, natural_int, number_in, only, positive_int, values
+from configuration import MODEL_FLAGS, UNSEEN, DiTConfig, add_model_arguments, build_config, row_name
 from data import AS_BEFORE, BatchSchedule, ImageData, Reading, require_folder
 from families import DiT_models, family_of_row
 from files import digest, write_json
 from latents import LatentShards, open_features
 from layers import check_attention
-from models import (
-    CHECKPOINTING,
-    MODEL_FLAGS,
-    UNSEEN,
-    DiT,
-    DiTConfig,
-    add_model_arguments,
-    build_config,
-    row_name,
-)
+from models import CHECKPOINTING, DiT
 from objectives import add_objective_arguments, choose_objective, spell_out
 from optim import SCHEDULES
 

@@ -21,11 +21,12 @@ import checkpoint
 from autoencoders import SpaceInfo, load_space, space_info, vae_below
 from classes import Classes
 from cli import Need, Parser, RunStopped, UsageError, check_needs, natural_int, number_in, only, positive_int
+from configuration import UNSEEN, DiTConfig, build_config
 from diffusion import classifier_free_guidance
 from families import DiT_models
 from layers import check_attention
 from machine import add_machine_arguments, check_compile
-from models import UNSEEN, DiT, DiTConfig, build_config
+from models import DiT
 from objectives import SETTINGS, add_objective_arguments, check_against, choose_objective, in_words
 
 # ---------------------------------------------------------------------------------------------------------------- flags

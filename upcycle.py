@@ -28,9 +28,10 @@ from torch import Tensor, nn
 import checkpoint
 import cli
 from cli import UsageError, natural_int, number_in, positive_int
+from configuration import DiTConfig
 from diffusion import objective_from_config
 from layers import SwiGLUMLP
-from models import DiT, DiTBlock, DiTConfig, count_parameters
+from models import DiT, DiTBlock, count_parameters
 from moe import Experts, GELUExperts, SwiGLUExperts
 
 ROUTER_STD = 0.02  # as in sparse upcycling

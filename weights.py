@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 import checkpoint
 import cli
 from cli import UsageError, positive_int
+from configuration import UNSEEN
 from diffusion import objective_from_config
 from families import to_published
 from files import replace_json
-from models import UNSEEN, DiT, count_parameters
+from models import DiT, count_parameters
 from objectives import in_words
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -23,8 +23,9 @@ import torch
 
 import cli
 from cli import UsageError, number_in, positive_int, unknown_name
+from configuration import DiTConfig, add_model_arguments, build_config
 from expert_parallel import check_expert_parallel
-from models import CHECKPOINTING, DiT, DiTConfig, add_model_arguments, build_config, count_parameters
+from models import CHECKPOINTING, DiT, count_parameters
 
 # ------------------------------------------------------------------------------------------------------------ hardware
 

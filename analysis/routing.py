@@ -23,8 +23,8 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from cli import UsageError
+from configuration import DiTConfig
 from files import replacing
-from models import DiTConfig
 from moe import Routing
 from records import BadRecord, Name, check_arrays, parse_record
 

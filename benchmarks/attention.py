@@ -15,8 +15,8 @@ from torch import Tensor
 import cli
 from benchmarks import harness
 from cli import UsageError
+from configuration import build_config
 from layers import ATTENTION_BACKENDS, attend, check_attention
-from models import build_config
 
 
 @dataclass(frozen=True)

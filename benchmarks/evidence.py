@@ -21,10 +21,11 @@ import cli
 from analysis.plan import flops, parameter_counts, tokens_per_image
 from autoencoders import load_space
 from benchmarks.digits_runs import ALPHA, BATCH, FLOW, MODEL, train
+from configuration import DiTConfig, build_config
 from diffusion import GaussianDiffusion, RectifiedFlow
 from files import replacing
 from metrics import Judge, Moments, frechet_distance, pixel_features
-from models import DiT, DiTConfig, build_config
+from models import DiT
 from sampling import Settings, generate
 from scripts.digits import Digits, split_digits
 

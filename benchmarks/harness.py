@@ -25,9 +25,10 @@ from torch import Tensor, nn
 import cli
 import distributed
 from analysis.plan import GPUS, Precision, elementwise_bytes, flops
+from configuration import DiTConfig
 from files import write_json
 from machine import PRECISIONS, choose_precision, set_precision
-from models import DiT, DiTConfig
+from models import DiT
 
 RESULTS = Path("results/benchmarks")
 SHORTEST = 5e-3  # seconds: shorter work is repeated for one reading of the clock

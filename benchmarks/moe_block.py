@@ -17,7 +17,7 @@ import cli
 from benchmarks import harness
 from benchmarks.harness import Goal
 from benchmarks.naive import WAYS, in_another_way
-from models import build_config
+from configuration import build_config
 from moe import MoE, load_statistics
 
 EXPERTS = {  # name: experts, experts per token, width of one over D; each with 8 D activated, beside the shared 2 D

@@ -16,7 +16,8 @@ import cli
 from analysis.plan import parameter_counts
 from benchmarks import harness
 from benchmarks.harness import Goal
-from models import DiT, build_config
+from configuration import build_config
+from models import DiT
 from optim import EMA, build_optimizer
 
 BYTES = 4 * 9

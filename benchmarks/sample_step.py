@@ -18,8 +18,9 @@ import sampling
 from benchmarks import harness
 from benchmarks.harness import Goal, Rates
 from benchmarks.naive import naive_model
+from configuration import build_config
 from diffusion import classifier_free_guidance
-from models import DiT, build_config
+from models import DiT
 
 STEPS = 50  # of an image, for images/s
 SCALE = 1.5

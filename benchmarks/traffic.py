@@ -25,7 +25,8 @@ import cli
 from benchmarks import harness
 from benchmarks.moe_block import EXPERTS
 from benchmarks.naive import DenseMLP
-from models import DiTBlock, build_config
+from configuration import build_config
+from models import DiTBlock
 from moe import MoE
 
 NO_KERNEL = ("prim.device", "aten.detach", "aten.empty", "aten.new_empty", "aten._unsafe_view")

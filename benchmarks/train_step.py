@@ -29,8 +29,9 @@ from analysis.plan import flops, plan
 from benchmarks import harness
 from benchmarks.harness import Goal, Rates
 from benchmarks.naive import naive_model
+from configuration import DiTConfig, build_config
 from diffusion import RectifiedFlow
-from models import CHECKPOINTING, DiT, DiTConfig, build_config
+from models import CHECKPOINTING, DiT
 from optim import EMA, build_optimizer
 from training import total_loss
 

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 import cli
 from benchmarks.digits_runs import MODEL, Point, train
-from models import DiT, build_config, count_parameters
+from configuration import build_config
+from models import DiT, count_parameters
 from scripts.digits import split_digits
 from upcycle import Recipe, break_symmetry, upcycle
 

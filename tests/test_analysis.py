@@ -27,8 +27,8 @@ from analysis import expert_data, heatmaps, plots, report, routing
 from analysis.routing import RoutingData, Tally, evaluation_times, mutual_information
 from autoencoders import PixelSpace
 from cli import UsageError
+from configuration import DiTConfig, build_config
 from diffusion import GaussianDiffusion, RectifiedFlow
-from models import DiTConfig, build_config
 
 COMMON = ["--vae-path", "none", "--device", "cpu", "--batch-size", "4", "--num-sampling-steps", "3"]
 

@@ -16,7 +16,7 @@ from benchmarks import __main__ as everything
 from benchmarks import attention, data, harness, moe_block, optimizer_ema, quickstart, sample_step, traffic, train_step
 from benchmarks.harness import Goal, Rates, Times, WrongResult
 from benchmarks.naive import NaiveMoE, in_another_way, naive_model
-from models import build_config
+from configuration import build_config
 
 ROWS = {  # of the table of goals, that each speaks of on a CPU
     moe_block: {"1", "2", "7"},

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from benchmarks.naive import NaiveMoE
 from benchmarks.traffic import Case, case_rows, record, weights_of
-from models import DiTBlock, build_config
+from configuration import build_config
+from models import DiTBlock
 from moe import MoE, load_balancing_loss
 
 pytestmark = traces_fp32

@@ -11,8 +11,8 @@ from conftest import script
 from test_training import TINY, metrics, refused, tensors
 from torch.distributed.device_mesh import init_device_mesh
 
+from configuration import build_config
 from expert_parallel import AllToAll, check_expert_parallel, deal_experts
-from models import build_config
 from moe import MoE
 
 WIDTH, EXPERTS = 16, 4

@@ -14,8 +14,9 @@ import checkpoint
 import families
 import large_dit
 from cli import UsageError
+from configuration import build_config, infer_config
 from diffusion import classifier_free_guidance
-from models import DiT, build_config, count_parameters, infer_config
+from models import DiT, count_parameters
 from moe import load_balancing_loss
 
 GOLDEN = Path(__file__).parent / "golden"

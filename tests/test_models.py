@@ -8,9 +8,10 @@ from conftest import Golden, traces_fp32
 
 import families
 from cli import UsageError
+from configuration import DiTConfig, build_config, infer_config
 from families import DiT_models, from_published
 from kernels import AdaptiveLayerNorm
-from models import CHECKPOINTING, DiT, DiTConfig, build_config, build_model, count_parameters, infer_config
+from models import CHECKPOINTING, DiT, build_model, count_parameters
 from moe import EXPERTS, load_balancing_loss
 
 GOLDEN = ("dit_moe_timm_attention", "dit_moe_flash_attention", "dit_dense")

@@ -21,7 +21,8 @@ import cli
 from analysis import plan as planner
 from analysis.plan import PRECISIONS, STRATEGIES, Precision, activations, flops, parameter_counts, plan
 from cli import UsageError
-from models import CHECKPOINTING, DiT, build_config
+from configuration import build_config
+from models import CHECKPOINTING, DiT
 from moe import load_balancing_loss
 
 PUBLISHED = [  # COMPAT: experts, total, activated, forward GMAC of linear layers, with attention products

@@ -27,9 +27,10 @@ import machine
 import runs
 import train
 import training
+from configuration import build_config
 from diffusion import RectifiedFlow
 from distributed import Processes
-from models import build_config, build_model
+from models import build_model
 from moe import load_balancing_loss
 from optim import EMA, lr_factor, parameter_groups
 

@@ -14,6 +14,7 @@ from test_training import run_train
 
 import checkpoint
 import cli
+import configuration
 import families
 import models
 import sample
@@ -109,7 +110,7 @@ def test_inspect_reads_headers_only(tmp_path, monkeypatch, capsys):
 )
 def test_wrong_input_gets_one_line(tmp_path, monkeypatch, capsys, argv, message):
     torch.save(tiny().state_dict(), tmp_path / "m.pt")
-    torch.save(models.DiT(models.DiTConfig(1, 48, 2, 6)).state_dict(), tmp_path / "odd.pt")
+    torch.save(models.DiT(configuration.DiTConfig(1, 48, 2, 6)).state_dict(), tmp_path / "odd.pt")
     monkeypatch.chdir(ROOT)
     argv = [a.format(m=tmp_path / "m.pt", odd=tmp_path / "odd.pt") for a in argv]
     _, error = call(monkeypatch, capsys, weights, *argv, code=2)
@@ -190,7 +191,7 @@ print((peak - before) / size)
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_loading_needs_one_copy_in_memory(tmp_path, suffix):
     """A 240 MB file with published names, whose experts have to be stacked, takes its own size of memory, not twice."""
-    config = models.DiTConfig(2, 512, 2, 8, num_experts=16, input_size=8)
+    config = configuration.DiTConfig(2, 512, 2, 8, num_experts=16, input_size=8)
     with torch.device("meta"):
         meta = families.to_published(models.DiT(config).state_dict())
     state = {name: torch.zeros(t.shape, dtype=torch.float16) for name, t in meta.items()}
