@@ -152,7 +152,7 @@ def open_samples(args, device: torch.device) -> Images:
     args.ckpt = path
     precision = machine.choose_precision(args.precision, device)
     loaded = sampling.load_for_sampling(args, device, machine.set_precision(precision))
-    labels = sampling.LABELS[args.labels](args.num_samples, loaded.classes, args.seed)
+    labels = loaded.condition.requests(args.num_samples, args.seed, args.labels)
     record = {"source": str(loaded.source), "settings": loaded.record(precision) | {"labels": args.labels}}
     return DrawnImages(
         loaded.network, loaded.objective, loaded.space, labels, loaded.settings, loaded.image_size, record

@@ -23,7 +23,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -36,8 +36,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from classes import Classes
 from cli import UsageError
+from conditions import Classes
 from configuration import DiTConfig, infer_config
 from families import FAMILIES, DiT_models, from_published
 from files import UNFINISHED, digest, digest_of, flush_to_disk, write_json
@@ -380,9 +380,9 @@ class Weights:
         return model
 
     @property
-    def classes(self) -> Classes:
+    def condition(self) -> Classes:
         names = () if self.record is None else self.record.get("data", {}).get("class_names", ())
-        return Classes(self.config.num_classes, tuple(names))
+        return replace(self.config.condition, names=tuple(names))
 
     @property
     def objective(self) -> dict:

@@ -14,6 +14,7 @@ from typing import NotRequired, get_type_hints
 from typing_extensions import TypedDict
 
 from cli import Parser, UsageError, boolean, natural_int, number_in, positive_int, unknown_name
+from conditions import Classes
 from families import DiT_models, family_of_row
 from layers import MLPS, MOST_POSITIONS, NORMS, POSITIONS, QK_NORMS
 from moe import EXPERTS
@@ -123,9 +124,14 @@ class DiTConfig:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
+    def condition(self) -> Classes:
+        """What images are of."""
+        return Classes(self.num_classes, dropout=self.class_dropout_prob)
+
+    @property
     def null_class(self) -> int | None:
         """The label that means "no class", or None for a model trained without label dropout."""
-        return self.num_classes if self.class_dropout_prob > 0 else None
+        return self.condition.null
 
     @property
     def kv_heads(self) -> int:

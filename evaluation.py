@@ -169,7 +169,7 @@ class DrawnImages:
     def __init__(
         self, model, objective, space, labels: list[int], settings: sampling.Settings, size: int, record: dict
     ):
-        sampling.check_labels(labels, model.config)
+        model.config.condition.check(labels)
         self.model, self.objective, self.space, self.settings = model, objective, space, settings
         self.count, self.size, self.labels, self.record = len(labels), size, np.array(labels), record
 

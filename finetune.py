@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from classes import Classes
 from cli import UsageError
+from conditions import Classes
 from configuration import DiTConfig
 from models import DiT
 
@@ -70,7 +70,7 @@ def fit(weights: checkpoint.Weights, config: DiTConfig, classes: Classes, fresh_
     Raises:
         UsageError: channels or patches differ, and `fresh_parts` does not say that new ends are welcome.
     """
-    theirs, before = weights.config, weights.classes
+    theirs, before = weights.config, weights.condition
     sizes = {"in_channels": "channels", "patch_size": "patches"}
     different = [
         f"{what} {getattr(theirs, name)} there, {getattr(config, name)} here"

@@ -126,20 +126,20 @@ class DiT(nn.Module):
         self.config = config
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)
         self.t_embedder = TimestepEmbedder(config.modulation_width)
-        self.y_embedder = LabelEmbedder(config.num_classes + (config.null_class is not None), config.modulation_width)
+        self.y_embedder = LabelEmbedder(config.condition.rows, config.modulation_width)
         self.register_buffer("pos_embed", self._position_table())
         self.blocks = nn.ModuleList(DiTBlock(config, is_moe=i in config.moe_indices) for i in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.init_weights()
         self.register_load_state_dict_pre_hook(_accept_published_names)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, return_routing: bool = False):
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor, return_routing: bool = False):
         """One evaluation of the network.
 
         Args:
             x: (N, C, H, W) noised latents.
             t: (N,) network time, in the units the network was trained with (DDPM: 0..999; rectified flow: 0..1).
-            y: (N,) int64 labels; `config.null_class` means none.
+            condition: what each image is of, a batch of `config.condition`: labels (N,) int64, its null among them.
             return_routing: also return the `Routing` of every MoE layer.
 
         Returns:
@@ -148,7 +148,7 @@ class DiT(nn.Module):
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))  # (N, T, D)
         # From here on fp32 under autocast.
         x = x.to(self.x_embedder.proj.weight.dtype) if self.pos_embed is None else x + self.pos_embed
-        c, rotation = self.t_embedder(t) + self.y_embedder(y), self._rotation(x.device)  # (N, c)
+        c, rotation = self.t_embedder(t) + self.y_embedder(condition), self._rotation(x.device)  # (N, c)
         routings = []
         for block in self.blocks:
             x, routing = block(x, c, rotation)

@@ -23,8 +23,8 @@ import machine
 import objectives
 import profiling
 from autoencoders import load_space, space_info, vae_below
-from classes import Classes
 from cli import Need, Parser, UsageError, boolean, check_needs, natural_int, number_in, only, positive_int, values
+from conditions import Classes
 from configuration import MODEL_FLAGS, UNSEEN, DiTConfig, add_model_arguments, build_config, row_name
 from data import AS_BEFORE, BatchSchedule, ImageData, Reading, require_folder
 from families import DiT_models, family_of_row
@@ -217,7 +217,7 @@ class Run:
     space: object  # None where latents are read from disk and no images are drawn
     total_steps: int
     record: dict  # config.json of its checkpoints
-    classes: Classes
+    condition: Classes  # what its images are of
     start: finetune.Start | None = None  # of --init-from
     notes: list[str] = field(default_factory=list)  # what was chosen that no flag says
     evaluator: evaluation.Evaluator | None = None  # of --metrics-every
@@ -382,7 +382,7 @@ def _choose(args, processes: distributed.Processes) -> Choices:
     objective = choose_objective(args, found)
     spell_out(args, objective)
     check_needs(args, (*objectives.NEEDS, *NEEDS))
-    if model.null_class is None and "sample_cfg_scale" in args.given and args.sample_cfg_scale != 1:
+    if model.condition.null is None and "sample_cfg_scale" in args.given and args.sample_cfg_scale != 1:
         raise UsageError("--sample-cfg-scale needs a null class, which --class-dropout-prob 0 leaves out; use scale 1")
     return Choices(args, model, objective, weights)
 
@@ -407,7 +407,7 @@ def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distri
         args.num_classes = data.num_classes if resumed is None else resumed.config["model"].get("num_classes", 1000)
     if data.num_classes > args.num_classes:
         raise UsageError(f"the data has {data.num_classes} classes, --num-classes allows {args.num_classes}")
-    classes = Classes(args.num_classes, tuple(data.class_names))
+    classes = Classes(args.num_classes, tuple(data.class_names), args.class_dropout_prob)
     channels, input_size, width = data.latent_shape
     if width != input_size:
         raise UsageError(f"latents of {input_size}x{width} are not square")
@@ -447,7 +447,7 @@ def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distri
         space=None if space is None else space.to(processes.device),
         total_steps=total_steps,
         record=record,
-        classes=classes,
+        condition=classes,
         start=start,
         notes=data.notes + ([] if start is None else [*start.in_words(), *differences(choices.weights, record)]),
     )

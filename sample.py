@@ -79,9 +79,9 @@ def main(args) -> None:
 
 def choose_labels(args, loaded: sampling.Loaded) -> list[int]:
     if args.class_labels is not None:
-        labels = sampling.choose_labels(args.class_labels, loaded)
+        labels = loaded.parse(args.class_labels)
     else:
-        trained = loaded.classes.trained
+        trained = loaded.condition.trained
         labels = IMAGENET_FAVOURITES if len(trained) == 1000 else trained[:10]
     return [label for label in labels for _ in range(args.images_per_class)]
 

@@ -97,7 +97,7 @@ def plan(args, loaded: sampling.Loaded, settings: sampling.Settings, precision: 
     return ImageSet(
         folder=args.sample_dir / folder,
         record=json.loads(json.dumps(record)),  # as it will be read back
-        labels=np.array(sampling.LABELS[args.labels](args.num_samples, loaded.classes, settings.seed)),
+        labels=np.array(loaded.condition.requests(args.num_samples, settings.seed, args.labels)),
         image_size=loaded.image_size,
         batch_size=args.per_proc_batch_size,
         png=args.png,

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import checkpoint
 from autoencoders import SpaceInfo, load_space, space_info, vae_below
-from classes import Classes
-from cli import Need, Parser, RunStopped, UsageError, check_needs, natural_int, number_in, only, positive_int
+from cli import Need, Parser, RunStopped, UsageError, check_needs, natural_int, number_in, only, positive_int, warn_once
+from conditions import CHOICES, Classes
 from configuration import UNSEEN, DiTConfig, build_config
 from diffusion import classifier_free_guidance
 from families import DiT_models
@@ -93,7 +93,7 @@ def add_set_arguments(parser: Parser):
     )
     group.add_argument(
         "--labels",
-        choices=LABELS,
+        choices=CHOICES,
         default="random",
         help="random: drawn for each image; balanced: 0, 1, 2, ... in turn, so that all classes come equally often",
     )
@@ -217,15 +217,16 @@ def generate(
     """
     config, device = model.config, next(model.parameters()).device
     indices = range(len(labels)) if indices is None else indices
-    check_labels(labels, config)
+    config.condition.check(labels)
     shape = (config.in_channels, config.input_size, config.input_size)
     for start in range(0, len(labels), batch_size):
         part = slice(start, start + batch_size)
         noise = ImageNoise(settings.seed, indices[part], shape, device)
+        condition = config.condition.batch(labels[part], device)
         denoise = classifier_free_guidance(
             model,
-            torch.tensor(labels[part], device=device),
-            config.null_class,
+            condition,
+            config.condition.null_of(condition),
             settings.cfg_scale,
             channels=settings.cfg_channels,
             interval=settings.cfg_interval,
@@ -296,46 +297,6 @@ def fingerprint(model: DiT) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_labels(labels: Sequence[int], config: DiTConfig) -> None:
-    """Raises UsageError for a label that the model does not know."""
-    if wrong := [label for label in labels if not 0 <= label < config.num_classes]:
-        raise UsageError(f"class label {wrong[0]} is not one of the model's classes 0..{config.num_classes - 1}")
-
-
-def choose_labels(texts: Sequence[str], loaded: "Loaded") -> list[int]:
-    """The labels of `--class-labels`, numbers or names of classes; says which of them the training data did not have.
-
-    Raises:
-        UsageError: the model does not know one.
-    """
-    labels = [loaded.classes.label(text) for text in texts]
-    if (untrained := loaded.classes.untrained(labels)) and _is_first():
-        known = loaded.classes.trained
-        print(
-            f"WARNING: class {untrained[0]} was not in the training data, which had classes 0..{known[-1]}: "
-            f"expect noise",
-            file=sys.stderr,
-        )
-    return labels
-
-
-def random_labels(count: int, classes: Classes, seed: int) -> list[int]:
-    """Uniform over the trained classes; that of image i depends on (seed, i) alone.
-
-    The 2 sets its generator apart from the noise's.
-    """
-    draws = (np.random.default_rng([seed, index, 0, 2]).integers(len(classes.trained)) for index in range(count))
-    return [classes.trained[int(draw)] for draw in draws]
-
-
-def balanced_labels(count: int, classes: Classes, seed: int) -> list[int]:
-    """The trained classes in turn."""
-    return [classes.trained[index % len(classes.trained)] for index in range(count)]
-
-
-LABELS = {"random": random_labels, "balanced": balanced_labels}
-
-
 def check_settings(config: DiTConfig, objective, settings: Settings) -> None:
     """Refuse at once what `generate` would refuse at its first batch: it goes through all steps, with no network.
 
@@ -343,14 +304,14 @@ def check_settings(config: DiTConfig, objective, settings: Settings) -> None:
         UsageError: steps, sampler or guidance that this objective and network do not have.
     """
 
-    def silent(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def silent(x: Tensor, t: Tensor, condition) -> Tensor:
         return x.new_zeros(len(x), config.out_channels, *x.shape[2:])
 
-    x, label = torch.zeros(1, config.in_channels, 1, 1), torch.zeros(1, dtype=torch.long)
+    x, condition = torch.zeros(1, config.in_channels, 1, 1), config.condition.batch([0], "cpu")
     denoise = classifier_free_guidance(
         silent,
-        label,
-        config.null_class,
+        condition,
+        config.condition.null_of(condition),
         settings.cfg_scale,
         channels=settings.cfg_channels,
         interval=settings.cfg_interval,
@@ -373,13 +334,17 @@ class Loaded:
     image_size: int
     source: Path
     settings: Settings
-    classes: Classes
+    condition: Classes
 
     @property
     def name(self) -> str:
         """`<run>-<step>` of a checkpoint of a run, else the file's or folder's own name."""
         path = self.source.absolute()
         return f"{path.parent.parent.name}-{path.name}" if path.name.isdecimal() else path.stem
+
+    def parse(self, texts: Sequence[str]) -> list[int]:
+        """What `--class-labels` asks for; one process says what is odd about it. Raises UsageError."""
+        return self.condition.parse(texts, warn_once if _is_first() else lambda line: None)
 
     def record(self, precision: str) -> dict:
         """All that images depend on besides index and label."""
@@ -428,7 +393,7 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
         model.compile_blocks()
     model.eval().requires_grad_(False)
     network = captured(model) if args.cuda_graph else model
-    return Loaded(model, network, objective, space.to(device), image_size, weights.source, settings, weights.classes)
+    return Loaded(model, network, objective, space.to(device), image_size, weights.source, settings, weights.condition)
 
 
 def _choose_space(args, weights: checkpoint.Weights) -> SpaceInfo:

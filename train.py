@@ -110,9 +110,9 @@ class DDPEngine:
 
     # ------------------------------------------------------------------------------------------------------- one step
 
-    def forward(self, x, t, y):
+    def forward(self, x, t, condition):
         with self._autocast():
-            return self.model(x, t, y, return_routing=True)
+            return self.model(x, t, condition, return_routing=True)
 
     def _autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)

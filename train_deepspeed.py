@@ -377,8 +377,8 @@ class ZeroEngine:
 
     # -------------------------------------------------------------------------------------------------------- one step
 
-    def forward(self, x, t, y):
-        return self.engine(x, t, y, return_routing=True)
+    def forward(self, x, t, condition):
+        return self.engine(x, t, condition, return_routing=True)
 
     @contextlib.contextmanager
     def accumulating(self, last: bool):

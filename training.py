@@ -38,6 +38,7 @@ from runs import Run, flags
 
 BAD_STEPS_IN_A_ROW = 5  # updates skipped for a loss that is not finite before the run gives up
 FAILED_SAVES_IN_A_ROW = 3
+GRID, GRID_STEPS = 16, 50  # images that are drawn while training, and their sampling steps
 
 # --------------------------------------------------------------------------------------------------------------- engine
 
@@ -54,7 +55,7 @@ class Engine(Protocol):
 
     all_write: bool  # each process has a part of a checkpoint to write, not rank 0 alone
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, list[Routing]]:
+    def forward(self, x: Tensor, t: Tensor, condition) -> tuple[Tensor, list[Routing]]:
         """`DiT.forward(..., return_routing=True)` in the engine's precision."""
 
     def accumulating(self, last: bool) -> AbstractContextManager:
@@ -222,9 +223,9 @@ def _loop(run: Run, engine: Engine, progress: Progress, saver: "Saver") -> None:
             with clock.waiting():
                 batch = next(batches)
             bad_images += batch["unreadable"][batch["unreadable"] >= 0].tolist()
-            noised, labels = make_batch(run, batch, run.schedule.positions(micro))
+            noised, condition = make_batch(run, batch, run.schedule.positions(micro))
             with engine.accumulating(last=micro == args.accum_iter - 1):
-                output, routings = engine.forward(noised.x_t, noised.t, labels)
+                output, routings = engine.forward(noised.x_t, noised.t, condition)
                 terms = run.objective.loss(output.float(), noised)  # {name: (N,)}
                 loss, values, counts = total_loss(
                     terms, routings, args.aux_loss_alpha, None if args.local_balance else processes.sum
@@ -289,16 +290,13 @@ def _loop(run: Run, engine: Engine, progress: Progress, saver: "Saver") -> None:
 
 
 def make_batch(run: Run, batch: dict[str, Tensor], positions: Tensor) -> tuple[NoisedBatch, Tensor]:
-    """What the network sees, from what the data set drew: latents, noised at each sample's time, and labels (N,)."""
+    """What the network sees, from what the data set drew: latents, noised at each sample's time, and conditions."""
     batch = {name: value.to(run.processes.device, non_blocking=True) for name, value in batch.items()}
     x0 = batch["x"] if run.args.feature_path else run.space.encode(batch["x"], batch.get("vae_noise"))  # (N, C, h, w)
     u = batch["u"]
     if run.args.stratified_t:
         u = stratify(u, positions.to(u.device), run.args.global_batch_size)
-    labels = batch["y"]
-    if run.config.null_class is not None:
-        labels = torch.where(batch["drop_u"] < run.config.class_dropout_prob, run.config.null_class, labels)
-    return run.objective.noised(x0, batch["noise"], u), labels
+    return run.objective.noised(x0, batch["noise"], u), run.condition.drop(batch["y"], batch["drop_u"])
 
 
 def total_loss(terms: dict[str, Tensor], routings: list[Routing], alpha: float, sum_over_processes):
@@ -372,10 +370,8 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def draw_grid(run: Run, engine: Engine, step: int) -> None:
-    """The same 16 images (noise and labels fixed) from the EMA of this step: `samples/NNNNNNN.png` and TensorBoard."""
-    classes = len(run.classes.trained)
-    labels = [i * classes // 16 for i in range(16)] if classes > 16 else [i % classes for i in range(16)]
-    settings = sampling_settings(run)
+    """The same few images (noise and labels fixed) from the EMA of this step: `samples/NNNNNNN.png` and TensorBoard."""
+    labels, settings = run.condition.spread(GRID), sampling_settings(run)
     with engine.averaged() as model:  # all processes draw: where parameters are sharded, each is needed
         network = recording(model, run.objective, labels, settings)
         images = np.concatenate(list(sampling.generate(network, run.objective, run.space, labels, settings)))
@@ -393,7 +389,7 @@ def draw_routing(run: Run, step: int, network: Recorder) -> None:
     """What the experts did for those images, in TensorBoard under `routing/`."""
     from analysis import plots  # matplotlib takes a second to import, and nothing else of training needs it
 
-    labels = [run.classes.name(label) for label in network.tally.classes]
+    labels = [run.condition.name(label) for label in network.tally.classes]
     data = network.tally.result(model=f"{run.folder.name}, step {step}", class_names=labels)
     for by in plots.MAPS:
         run.log.image(step, f"routing/{by}", plots.pixels(plots.draw(by, data)))
@@ -402,7 +398,7 @@ def draw_routing(run: Run, step: int, network: Recorder) -> None:
 def report_metrics(run: Run, engine: Engine, step: int) -> None:
     """Images of all classes in turn, drawn by all processes from the EMA of this step, against the reference."""
     count, size = run.args.metrics_samples, run.args.image_size
-    labels = sampling.balanced_labels(count, run.classes, run.args.global_seed)
+    labels = run.condition.requests(count, run.args.global_seed, "balanced")
     record = {"source": f"{run.folder} at step {step}"}
     with engine.averaged() as model:
         images = evaluation.DrawnImages(model, run.objective, run.space, labels, sampling_settings(run), size, record)
@@ -419,10 +415,10 @@ def report_metrics(run: Run, engine: Engine, step: int) -> None:
 
 def sampling_settings(run: Run) -> sampling.Settings:
     """How images are drawn while training."""
-    scale = run.args.sample_cfg_scale if run.config.null_class is not None else 1.0
+    scale = run.args.sample_cfg_scale if run.condition.null is not None else 1.0
     objective = run.objective
     channels = objective.guided_channels(run.config.in_channels)
-    return sampling.Settings(50, objective.samplers[0], scale, channels, seed=run.args.global_seed)
+    return sampling.Settings(GRID_STEPS, objective.samplers[0], scale, channels, seed=run.args.global_seed)
 
 
 class Saver:

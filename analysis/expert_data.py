@@ -89,7 +89,7 @@ def plan(args, loaded: sampling.Loaded, precision: str) -> "Job":
     config, settings = loaded.model.config, loaded.settings
     if not config.moe_indices:
         raise UsageError(f"{loaded.source} is a dense model: it has no experts to look at")
-    classes = sampling.choose_labels(args.class_labels, loaded) if args.class_labels else list(loaded.classes.trained)
+    classes = loaded.parse(args.class_labels) if args.class_labels else list(loaded.condition.trained)
     name = f"{loaded.name}-{settings}-{len(set(classes))}x{args.images_per_class}.npz"
     about = loaded.record(precision) | {
         "checkpoint": loaded.name + ("" if args.use_ema else "-no-ema"),
@@ -98,7 +98,7 @@ def plan(args, loaded: sampling.Loaded, precision: str) -> "Job":
         "batch_size": args.batch_size,
         "class_labels": classes,
         "images_per_class": args.images_per_class,
-        "class_names": [loaded.classes.name(label) for label in sorted(set(classes))],
+        "class_names": [loaded.condition.name(label) for label in sorted(set(classes))],
         "examples": spread(len(classes) * args.images_per_class, args.examples),
     }
     return Job(

@@ -10,9 +10,9 @@ from cli import UsageError
 
 
 def classifier_free_guidance(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor],
-    y: Tensor,
-    null_class: int | None,
+    model: Callable[..., Tensor],
+    condition: Tensor | tuple,
+    null: Tensor | tuple | int | None,
     scale: float,
     channels: int | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
@@ -20,9 +20,9 @@ def classifier_free_guidance(
 ) -> Callable[[Tensor, float], Tensor]:
     """The `denoise(x, t)` that samplers call: null + scale * (conditional - null).
 
-    model      (x (N,C,H,W), t (N,), y (N,)) -> (N,C or 2C,H,W)
-    y          (N,) class labels
-    null_class the label of "no class"; None where the network has none (only scale 1 works then)
+    model      (x (N,C,H,W), t (N,), condition) -> (N,C or 2C,H,W)
+    condition  what each image is of: labels (N,), or a NamedTuple of tensors (N, ...)
+    null       the same of nothing, or the label that means it; None where the network has none: only scale 1 works then
     channels   how many of the first channels are guided, None for all of x's; the rest, the variance among it, is the
                conditional's. The published DDPM numbers guide 3 of 4 latent channels.
     interval   guide only where low <= t / time_scale <= high (arXiv 2404.07724); elsewhere one plain forward
@@ -31,23 +31,30 @@ def classifier_free_guidance(
     Guided, a step is one forward of 2N, conditional half first; otherwise one of N.
     """
     low, high = interval
-    if scale != 1 and null_class is None:
+    if scale != 1 and null is None:
         raise UsageError(f"guidance scale {scale} needs a null class, which this model does not have; use scale 1")
     if not (math.isfinite(scale) and 0 <= low <= high <= 1):
         raise UsageError(f"guidance takes a finite scale and 0 <= low <= high <= 1, got {scale} and {low}, {high}")
-    both = y if scale == 1 else torch.cat([y, torch.full_like(y, null_class)])  # (2N,)
+    both = condition if scale == 1 else _join(condition, null)  # 2N
 
     def denoise(x: Tensor, t: float) -> Tensor:
         assert scale == 1 or 0 <= t <= time_scale, f"time {t} is outside 0..{time_scale}: whose time_scale is this?"
         if scale == 1 or not low <= t / time_scale <= high:
-            return model(x, _expand(t, x), y)
+            return model(x, _expand(t, x), condition)
         x2 = torch.cat([x, x])  # (2N,C,H,W)
-        conditional, null = model(x2, _expand(t, x2), both).float().chunk(2)  # each (N,C or 2C,H,W)
+        conditional, nothing = model(x2, _expand(t, x2), both).float().chunk(2)  # each (N,C or 2C,H,W)
         k = x.shape[1] if channels is None else min(channels, x.shape[1])
-        guided = null[:, :k] + scale * (conditional[:, :k] - null[:, :k])
+        guided = nothing[:, :k] + scale * (conditional[:, :k] - nothing[:, :k])
         return torch.cat([guided, conditional[:, k:]], dim=1)
 
     return denoise
+
+
+def _join(condition: Tensor | tuple, null: Tensor | tuple | int):
+    """Both in one batch, condition first."""
+    if isinstance(condition, Tensor):
+        return torch.cat([condition, torch.full_like(condition, null) if isinstance(null, int) else null])
+    return type(condition)(*(_join(a, b) for a, b in zip(condition, null, strict=True)))
 
 
 def _expand(t: float, x: Tensor) -> Tensor:

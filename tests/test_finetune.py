@@ -26,8 +26,8 @@ import weights
 from analysis import expert_data
 from autoencoders import space_info
 from benchmarks.data import write_files
-from classes import Classes
 from cli import UsageError
+from conditions import Classes
 from data import AS_BEFORE, ImageData
 from diffusion import objective_from_config
 
@@ -300,7 +300,7 @@ def test_the_label_table_keeps_rows_by_name(flow, other, tmp_path):
     run = run_train(tmp_path, other, "--init-from", flow, "--lr", 0, steps=1)
     before, after = checkpoint.load_weights(flow), checkpoint.load_weights(run, "model")
     old, new = before.state_dict[finetune.TABLE], after.state_dict[finetune.TABLE]
-    assert after.classes.names == ("aardvark", "class1", "class2", "zebra") and new.shape[0] == 5
+    assert after.condition.names == ("aardvark", "class1", "class2", "zebra") and new.shape[0] == 5
     assert torch.equal(new[[1, 2, 4]], old[[1, 2, 3]])  # two by name, and the null class
     fresh = new[[0, 3]]
     assert 0.01 < fresh.std() < 0.03 and not torch.equal(fresh[0], fresh[1])

@@ -25,8 +25,8 @@ import image_files
 import sample_ddp
 import sampling
 from autoencoders import PixelSpace
-from classes import Classes
 from cli import RunStopped, UsageError, run
+from conditions import Classes
 from diffusion import RectifiedFlow
 
 COMMON = ["--vae-path", "none", "--num-sampling-steps", "4", "--device", "cpu"]
@@ -120,15 +120,15 @@ def test_labels(ckpt, tmp_path):
     _, balanced = load(draw(ckpt, tmp_path / "a", "--num-fid-samples", 10, "--labels", "balanced"))
     assert balanced.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     _, labels = load(draw(ckpt, tmp_path / "b", "--num-fid-samples", 10))
-    assert labels.tolist() == sampling.random_labels(10, Classes(4), 0)
+    assert labels.tolist() == Classes(4).requests(10, 0)
 
 
 def test_random_labels_are_uniform_and_depend_on_seed_and_index_alone():
-    labels = sampling.random_labels(4000, Classes(10), 0)
+    labels = Classes(10).requests(4000, 0)
     counts = np.bincount(labels, minlength=10)
     assert len(counts) == 10 and ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-squared, 9 degrees: 0.1 %
-    assert sampling.random_labels(100, Classes(10), 0) == labels[:100]
-    assert sampling.random_labels(100, Classes(10), 1) != labels[:100]
+    assert Classes(10).requests(100, 0) == labels[:100]
+    assert Classes(10).requests(100, 1) != labels[:100]
 
 
 def test_without_png_files_and_then_with(ckpt, tmp_path, drawn):

@@ -125,7 +125,13 @@ def test_clipping_leaves_a_small_gradient_as_it_is(images):
 def test_labels_are_dropped_as_often_as_the_flag_says():
     config = build_config("DiT-Nano/2", input_size=4, in_channels=3, num_classes=7, class_dropout_prob=0.1)
     args = SimpleNamespace(feature_path="latents", stratified_t=False)
-    run = SimpleNamespace(args=args, config=config, objective=RectifiedFlow(), processes=Processes(0, 0, 1, CPU))
+    run = SimpleNamespace(
+        args=args,
+        config=config,
+        condition=config.condition,
+        objective=RectifiedFlow(),
+        processes=Processes(0, 0, 1, CPU),
+    )
     drop_u = torch.arange(100) / 100
     batch = {"x": torch.zeros(100, 3, 4, 4), "noise": torch.zeros(100, 3, 4, 4), "u": drop_u, "drop_u": drop_u}
     _, labels = training.make_batch(run, batch | {"y": torch.arange(100) % 7}, torch.arange(100))

@@ -1,0 +1,127 @@
+"""What an image is of: the condition of a network, its null, and how both are dropped, batched, asked for and named.
+
+N images
+
+A *kind* of condition (`Classes` today) knows what may be asked for; a *request* is what one image is asked to be of, as
+files and flags hold it (a label); a *batch* of conditions is what the network takes: a tensor, or a NamedTuple of
+tensors whose first dimension is N, so that engines, compilers and CUDA graphs pass it on unchanged. The loop, samplers
+and evaluations call the verbs of a kind, and know no more of it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cli import UsageError, unknown_name, warn_once
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Labels 0 .. count - 1, of which the data named the first ones; a batch is (N,) int64.
+
+    A published file names none: then all were trained.
+    """
+
+    count: int  # without the null class
+    names: tuple[str, ...] = ()
+    dropout: float = 0.0  # share of labels that training replaces by the null class; 0: there is none
+
+    # ------------------------------------------------------------------------------------------------- of the network
+
+    @property
+    def null(self) -> int | None:
+        """The label that means "no class"."""
+        return self.count if self.dropout > 0 else None
+
+    @property
+    def rows(self) -> int:
+        """Of the table of embeddings."""
+        return self.count + (self.null is not None)
+
+    def drop(self, batch: Tensor, u: Tensor) -> Tensor:
+        """The batch with its null where the samples' random numbers u (N,), uniform in [0, 1), say so."""
+        return batch if self.null is None else torch.where(u < self.dropout, self.null, batch)
+
+    def batch(self, requests: Sequence[int], device: torch.device) -> Tensor:
+        return torch.tensor(requests, device=device)
+
+    def null_of(self, batch: Tensor) -> Tensor | None:
+        """As many nulls as a batch has conditions; None where the network has none."""
+        return None if self.null is None else torch.full_like(batch, self.null)
+
+    # ------------------------------------------------------------------------------------------------------ of requests
+
+    @cached_property
+    def trained(self) -> range:
+        """The labels that the training data had."""
+        return range(min(len(self.names), self.count) or self.count)
+
+    def check(self, requests: Sequence[int]) -> None:
+        """Raises UsageError for a label that the model does not know."""
+        if wrong := [label for label in requests if not 0 <= label < self.count]:
+            raise UsageError(f"class label {wrong[0]} is not one of the model's classes 0..{self.count - 1}")
+
+    def requests(self, count: int, seed: int, how: str = "random") -> list[int]:
+        """As many, chosen as a key of `CHOICES` says."""
+        return CHOICES[how](self, count, seed)
+
+    def spread(self, count: int) -> list[int]:
+        """A few for a grid: all that were trained, or some far from each other."""
+        known = len(self.trained)
+        return [i * known // count if known > count else i % known for i in range(count)]
+
+    def parse(self, texts: Sequence[str], say: Callable[[str], None] = warn_once) -> list[int]:
+        """The labels that numbers or names stand for; says which of them the training data did not have.
+
+        Raises:
+            UsageError: the model does not know one.
+        """
+        labels = [self.label(text) for text in texts]
+        if untrained := self.untrained(labels):
+            known = f"0..{self.trained[-1]}"
+            say(f"class {untrained[0]} was not in the training data, which had classes {known}: expect noise")
+        return labels
+
+    def name(self, label: int) -> str:
+        return self.names[label] if label < len(self.names) else str(label)
+
+    def label(self, text: str) -> int:
+        """The label that a number or a name stands for; digits are always a number.
+
+        Raises:
+            UsageError: there is none.
+        """
+        if text.isdecimal():
+            if int(text) >= self.count:
+                raise UsageError(f"class label {text} is not one of the model's classes 0..{self.count - 1}")
+            return int(text)
+        if text not in self.names:
+            if not self.names:
+                raise UsageError(f"class label {text!r}: the file names no classes; give numbers 0..{self.count - 1}")
+            raise unknown_name("class", text, self.names)
+        return self.names.index(text)
+
+    def untrained(self, labels: Sequence[int]) -> list[int]:
+        """Those of `labels` that the training data did not have, each once."""
+        return sorted({label for label in labels if label not in self.trained})
+
+
+def random_labels(classes: Classes, count: int, seed: int) -> list[int]:
+    """Uniform over the trained classes; that of image i depends on (seed, i) alone.
+
+    The 2 sets its generator apart from the noise's.
+    """
+    draws = (np.random.default_rng([seed, index, 0, 2]).integers(len(classes.trained)) for index in range(count))
+    return [classes.trained[int(draw)] for draw in draws]
+
+
+def balanced_labels(classes: Classes, count: int, seed: int) -> list[int]:
+    """The trained classes in turn."""
+    return [classes.trained[index % len(classes.trained)] for index in range(count)]
+
+
+CHOICES = {"random": random_labels, "balanced": balanced_labels}  # of requests
