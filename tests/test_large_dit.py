@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Golden, read_json, script
+from conftest import Golden, read_json, script, traces_fp32
 from test_training import metrics
 
 import checkpoint
@@ -16,6 +16,7 @@ import large_dit
 from cli import UsageError
 from configuration import build_config, infer_config
 from diffusion import classifier_free_guidance
+from files import digest, digest_of
 from models import DiT, count_parameters
 from moe import load_balancing_loss
 
@@ -373,3 +374,42 @@ def test_flags_that_made_sense_elsewhere(images):
     assert "4096 positions, an input of 192x192" in refused("--image_size", 192)
     missing = refused("--vae", "ema", "--local_diffusers_model_root", images)
     assert f"{images}/stabilityai/sd-vae-ft-ema" in missing
+
+
+@pytest.mark.slow
+@traces_fp32
+@pytest.mark.parametrize("experts", [0, 4])
+def test_compiled_without_a_break(experts):
+    """All of a block in one graph, forward and backward, rotations and norms included."""
+    options = {"num_experts": experts, "num_kv_heads": 2, "qk_norm": "full", "positions": "rope2d"}
+    config = build_config("Large-DiT-Nano/2", input_size=8, num_classes=10, **options)
+    plain, compiled = randomized(DiT(config)), randomized(DiT(config))
+    compiled.compile_blocks(fullgraph=True)
+    batch = inputs(config)
+    outs = [model(*batch) for model in (plain, compiled)]
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-4)
+    for out in outs:
+        out.square().mean().backward()
+    for (name, ours), theirs in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+        scale = theirs.grad.abs().max().clamp(min=1e-3)
+        assert (ours.grad - theirs.grad).abs().max() < 1e-3 * scale, name
+
+
+def test_runs_of_before_resume(images):
+    """A checkpoint whose record knows none of the new fields, and QK-norm as true or false."""
+    flags = ["--max_steps", 1, "--qk-norm", "True", "--num_experts", 4, "--model", "DiT-Nano/2"]
+    run = train(images, "old", *flags)
+    saved = run / "checkpoints" / "0000001"
+    config, state = read_json(saved, "config"), read_json(saved, "state")
+    new = ("condition_width", "norm", "positions", "num_kv_heads", "attention_bias", "mlp", "mlp_multiple")
+    config["model"] = {k: v for k, v in config["model"].items() if k not in new} | {"qk_norm": True}
+    state["flags"] = {k: v for k, v in state["flags"].items() if k not in new} | {"qk_norm": True}
+    for stem, record in (("config", config), ("state", state)):
+        (saved / f"{stem}.json").write_text(json.dumps(record))
+    manifest = read_json(saved, "manifest")
+    manifest["files"] |= {name: digest(saved / name) for name in ("config.json", "state.json")}
+    manifest["sha256"] = digest_of({"format": 1, "files": manifest["files"]})
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    train(images, "old", *flags, "--max_steps", 3, "--resume", run)
+    whole = train(images, "whole", *flags, "--max_steps", 3)
+    assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(whole)]

@@ -30,6 +30,9 @@ RECIPES = {  # script: model, experts, engine, recomputes activations
 }
 
 
+LARGE_DIT = {"train_Large_DiT_600M.sh": "ddp", "train_Large_DiT_3B.sh": "fsdp", "train_Large_DiT_7B.sh": "fsdp"}
+
+
 def write_program(path: Path, body: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/bash\n{body}\n")
@@ -82,10 +85,24 @@ def torchrun(tmp_path):
 
 
 def test_every_published_size_has_a_script():
-    assert {path.name for path in (ROOT / "scripts").glob("train_*.sh")} == set(RECIPES)
+    assert {path.name for path in (ROOT / "scripts").glob("train_*.sh")} == {*RECIPES, *LARGE_DIT}
 
 
-@pytest.mark.parametrize("script", RECIPES)
+@pytest.mark.parametrize("script", LARGE_DIT)
+def test_training_large_dit(script, torchrun):
+    command = torchrun(script, "--num_experts", "8", DATA_PATH="/images")
+    accepted_by(train, command)
+    size = script.removeprefix("train_Large_DiT_").removesuffix(".sh")
+    expected = {
+        **{"--model": f"Large-DiT-{size}/2", "--data-parallel": LARGE_DIT[script], "--rf": "False", "--qk-norm": ""},
+        **{"--global-batch-size": "512", "--vae-path": "ema", "--grad-clip": "2", "--max-steps": "3000000"},
+        "--num_experts": "8",
+    }
+    assert expected.items() <= flags(command).items()
+    assert flags(torchrun(script, DATA_PATH="/images", OBJECTIVE="rf", VAE_PATH="/vae"))["--vae-path"] == "/vae"
+
+
+@pytest.mark.parametrize("script", [*RECIPES, *LARGE_DIT])
 def test_training_without_data_says_so(script):
     result = bash(ROOT / "scripts" / script)
     assert result.returncode != 0 and "DATA_PATH: set it to the folder of training images" in result.stderr
