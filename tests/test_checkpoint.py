@@ -1,6 +1,7 @@
 """Files: whole or absent, verified, free of code; published ones in every form."""
 
 import argparse
+import json
 import os
 import pickle
 import re
@@ -331,3 +332,51 @@ def test_what_is_written_is_a_copy_of_any_layout_and_errors_keep_their_number(tm
     with pytest.raises(OSError) as error:
         checkpoint.save(tmp_path / "2", {"model": {"w": turned}}, {"config": {}})
     assert error.value.errno == 28
+
+
+def test_only_the_files_that_are_read_are_verified(tmp_path):
+    save(tmp_path / "1", 1.0)
+    (tmp_path / "1" / "model.safetensors").write_bytes(b"damaged")
+    checkpoint.verify(tmp_path / "1", ("config.json",))
+    with pytest.raises(DamagedCheckpoint):
+        checkpoint.verify(tmp_path / "1", ("config.json", "model.safetensors"))
+
+
+def test_a_newer_format_is_no_damage_to_step_over(tmp_path):
+    for step in (99, 100):  # in order as numbers, not as names
+        save(tmp_path / str(step), float(step))
+    assert saved(checkpoint.newest_good(tmp_path)) == 100
+    manifest = read_json(tmp_path / "100", "manifest")
+    (tmp_path / "100" / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+    with pytest.raises(UsageError, match="99") as error:
+        checkpoint.newest_good(tmp_path)
+    assert not isinstance(error.value, DamagedCheckpoint)
+
+
+def test_several_files_are_one(tmp_path):
+    for name in ("a", "b"):
+        save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors", {f"of {name}": "text"})
+    both = checkpoint.LazyTensors(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert set(both) == {"a", "b"} and set(both.metadata) == {"of a", "of b"} and both["a"].item() == 1
+
+
+def test_a_file_within_a_checkpoint_is_the_one_asked_for(tmp_path, monkeypatch):
+    model = build_model("DiT-Nano/2", input_size=8, learn_sigma=False)
+    config = {"format": 1, "model": model.config.to_dict(), "objective": {"name": "rf"}}
+    state = model.state_dict()
+    average = {name: tensor * 2 for name, tensor in state.items()}
+    checkpoint.save(tmp_path / "1", {"model": state, "ema": average}, {"config": config})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for stem, tensors in (("model", state), ("ema", average)):
+        weights = load_weights(f"~/1/{stem}.safetensors")
+        assert torch.equal(weights.state_dict["pos_embed"], tensors["pos_embed"])
+    save_file(dict(state), tmp_path / "bare.safetensors")
+    assert load_weights(tmp_path / "bare.safetensors").objective == {}  # no variance channels, so nothing tells
+
+
+def test_an_index_names_no_file_elsewhere(tmp_path):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    index = {"weight_map": {"a": "../secret.safetensors", "b": "part.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert checkpoint.sharded_files(folder) == [folder / "secret.safetensors", folder / "part.safetensors"]
