@@ -380,3 +380,10 @@ def test_an_index_names_no_file_elsewhere(tmp_path):
     index = {"weight_map": {"a": "../secret.safetensors", "b": "part.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert checkpoint.sharded_files(folder) == [folder / "secret.safetensors", folder / "part.safetensors"]
+
+
+def test_a_table_of_positions_of_another_size_is_named(tmp_path):
+    small, large = (build_model("DiT-Nano/2", input_size=side) for side in (8, 16))
+    save_file(dict(small.state_dict()), tmp_path / "small.safetensors")
+    with pytest.raises(UsageError, match=r"pos_embed is \(1, 16, 64\), expected \(1, 64, 64\)"):
+        checkpoint.load_into(large, load_weights(tmp_path / "small.safetensors"))
