@@ -17,7 +17,7 @@ from cli import Parser, UsageError, boolean, natural_int, number_in, positive_in
 from conditions import Classes
 from families import DiT_models, family_of_row
 from layers import MLPS, MOST_POSITIONS, NORMS, POSITIONS, QK_NORMS
-from moe import EXPERTS
+from moe import EXPERTS, ExpertsConfig
 from records import check_record
 
 # ------------------------------------------------------------------------------------------------------- configuration
@@ -160,6 +160,19 @@ class DiTConfig:
     @property
     def shared_width(self) -> int:
         return _width(self.num_shared_experts * self.shared_expert_ratio, self.hidden_size)
+
+    @property
+    def experts(self) -> ExpertsConfig:
+        """Of each mixture."""
+        return ExpertsConfig(
+            self.expert_width,
+            self.num_experts,
+            self.num_experts_per_tok,
+            self.shared_width,
+            self.norm_topk_prob,
+            self.expert_mlp,
+            self.routed_scaling_factor,
+        )
 
     @property
     def moe_indices(self) -> tuple[int, ...]:

@@ -72,16 +72,7 @@ class DiTBlock(nn.Module):
         self.norm1, self.norm2 = (NORMS[config.norm](width) for _ in range(2))
         self.attn = Attention(width, config.num_heads, config.kv_heads, config.qk_norm, config.attention_bias)
         if is_moe:
-            self.moe = MoE(
-                width,
-                config.expert_width,
-                config.num_experts,
-                config.num_experts_per_tok,
-                config.shared_width,
-                config.norm_topk_prob,
-                config.expert_mlp,
-                config.routed_scaling_factor,
-            )
+            self.moe = MoE(width, config.experts)
         else:
             self.mlp = MLPS[config.mlp](width, config.mlp_width)
         self.is_moe = is_moe

@@ -175,30 +175,26 @@ class SharedExperts(nn.Module):
         return self.down_proj(SwiGLU.apply(self.gate_up_proj(x)), out)
 
 
+class ExpertsConfig(NamedTuple):
+    """What a mixture of experts is made of."""
+
+    width: int  # F, of each routed expert
+    count: int  # E
+    top_k: int  # K
+    shared_width: int = 0  # of the shared expert; 0: none
+    normalize: bool = False  # divide a token's K weights by their sum
+    kind: str = "swiglu"  # of the routed experts, a key of `EXPERTS`
+    scaling_factor: float = 1.0  # then multiply them by this
+
+
 class MoE(nn.Module):
-    """Mixture of experts in place of a transformer's MLP: out = sum_k weight_k * expert_k(x) + shared(x).
+    """Mixture of experts in place of a transformer's MLP: out = sum_k weight_k * expert_k(x) + shared(x)."""
 
-    Args:
-        width: F, hidden width of each routed expert.
-        shared_width: hidden width of the shared expert; 0 for none.
-        expert_mlp: the kind of the routed experts, a key of `EXPERTS`.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        width: int,
-        num_experts: int,
-        top_k: int,
-        shared_width: int = 0,
-        normalize: bool = False,
-        expert_mlp: str = "swiglu",
-        scaling_factor: float = 1.0,
-    ):
+    def __init__(self, hidden_size: int, config: ExpertsConfig):
         super().__init__()
-        self.gate = Router(hidden_size, num_experts, top_k, normalize, scaling_factor)
-        self.experts = EXPERTS[expert_mlp](hidden_size, width, num_experts)
-        self.shared_experts = SharedExperts(hidden_size, shared_width) if shared_width else None
+        self.gate = Router(hidden_size, config.count, config.top_k, config.normalize, config.scaling_factor)
+        self.experts = EXPERTS[config.kind](hidden_size, config.width, config.count)
+        self.shared_experts = SharedExperts(hidden_size, config.shared_width) if config.shared_width else None
         self.parallel = None  # an `ExpertParallel`, where `experts` holds a part of them only
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:  # (..., D) -> (..., D)

@@ -1,4 +1,4 @@
-"""Mechanism checks on the digits: what experts, the balance loss, the objective, samplers and the place of experts do.
+"""Mechanism checks on the digits: experts, the balance loss, objectives, samplers, places of experts, parts of blocks.
 
     python -m benchmarks.evidence                        # every experiment, 3 seeds: an hour of one CPU core
     python -m benchmarks.evidence experts balance        # some; `--help` lists them
@@ -91,12 +91,16 @@ SETUPS = {
     "deep half": Setup(dict(moe_layers="deep-half")),
     "shallow half": Setup(dict(moe_layers="shallow-half")),
     "every second": Setup(dict(moe_layers="every-2")),
+    "RoPE": Setup(dict(num_experts=0, positions="rope2d")),
+    "SwiGLU": Setup(dict(num_experts=0, mlp="swiglu", mlp_multiple=8)),
+    "RoPE, SwiGLU": Setup(dict(num_experts=0, positions="rope2d", mlp="swiglu", mlp_multiple=8)),
 }
 EXPERIMENTS = {
     "experts": ("dense", "1 expert", "4 experts", "8 experts", "16 experts", "8 experts, normalized"),
     "balance": ("alpha 0", "8 experts", "alpha 0.01", "alpha 0.05", "scaled by 2^16", "2 micro-batches"),
     "samplers": ("8 experts", "DDPM, linear, eps", "DDPM, cosine, v"),
     "places": ("8 experts", "no shared expert", "deep half", "shallow half", "every second", "dense"),
+    "parts": ("dense", "RoPE", "SwiGLU", "RoPE, SwiGLU"),  # dense: a table of sine and cosine, GELU
 }
 
 
@@ -293,10 +297,11 @@ def report_experts(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
     return comparison(runs, "dense", scorer), figure
 
 
-def report_places(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
+def report_differences(runs: Runs, scorer: Scorer, to: str) -> tuple[str, Figure]:
+    """Losses and distances less those of one of them."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     over_steps, final = figure.subplots(1, 2)
-    baseline = runs["8 experts"]
+    baseline = runs[to]
     for place, ((name, mine), color) in enumerate(zip(runs.items(), COLORS, strict=False)):
         difference = stacked(mine, "losses") - stacked(baseline, "losses")
         half = len(mine[0]["steps"]) // 2  # before, seeds differ more than places
@@ -306,14 +311,14 @@ def report_places(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
         final.plot([low, high], [place, place], color=color)
         final.plot(distances[:, 0], [place] * len(distances), "o", color=color, markersize=4, alpha=0.5)
         final.plot(mean, place, "D", color=color)
-    over_steps.set(xlabel="training step", ylabel="held-out loss, less that of 8 experts")
-    final.set(xlabel="Fréchet distance of samples, less that of 8 experts")
+    over_steps.set(xlabel="training step", ylabel=f"held-out loss, less that of {to}")
+    final.set(xlabel=f"Fréchet distance of samples, less that of {to}")
     final.locator_params(axis="x", nbins=6)
     final.set_yticks(range(len(runs)), labels=runs)
     final.axvline(0, color="0.7", linewidth=0.8, zorder=0)
     final.invert_yaxis()
     finish(figure, over_steps)
-    return comparison(runs, "8 experts", scorer), figure
+    return comparison(runs, to, scorer), figure
 
 
 def report_balance(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
@@ -378,7 +383,8 @@ REPORTS = {
     "experts": report_experts,
     "balance": report_balance,
     "samplers": report_samplers,
-    "places": report_places,
+    "places": functools.partial(report_differences, to="8 experts"),
+    "parts": functools.partial(report_differences, to="dense"),
 }
 
 # -------------------------------------------------------------------------------------------------- tables and pictures

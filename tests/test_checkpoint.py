@@ -387,3 +387,11 @@ def test_a_table_of_positions_of_another_size_is_named(tmp_path):
     save_file(dict(small.state_dict()), tmp_path / "small.safetensors")
     with pytest.raises(UsageError, match=r"pos_embed is \(1, 16, 64\), expected \(1, 64, 64\)"):
         checkpoint.load_into(large, load_weights(tmp_path / "small.safetensors"))
+
+
+def test_a_model_of_half_precision_is_all_of_it(tmp_path):
+    """The table of positions too, which files may leave out."""
+    state = build_model("DiT-Nano/2", input_size=8).state_dict()
+    save_file({name: tensor for name, tensor in state.items() if name != "pos_embed"}, tmp_path / "m.safetensors")
+    model = load_weights(tmp_path / "m.safetensors", input_size=8).build(dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}

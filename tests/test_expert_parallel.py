@@ -13,14 +13,14 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from configuration import build_config
 from expert_parallel import AllToAll, check_expert_parallel, deal_experts
-from moe import MoE
+from moe import ExpertsConfig, MoE
 
 WIDTH, EXPERTS = 16, 4
 
 
 def layer(expert_mlp: str, skewed: bool) -> MoE:
     torch.manual_seed(0)
-    moe = MoE(WIDTH, 24, EXPERTS, top_k=2, shared_width=16, expert_mlp=expert_mlp)
+    moe = MoE(WIDTH, ExpertsConfig(24, EXPERTS, top_k=2, shared_width=16, kind=expert_mlp))
     moe.init_weights()
     with torch.no_grad():
         for parameter in moe.experts.parameters():

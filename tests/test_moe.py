@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import kernels
 from kernels import AddBias, FP32Linear
 from models import build_model
-from moe import EXPERTS, MoE, Routing, load_balancing_loss, load_statistics, router_entropy
+from moe import EXPERTS, ExpertsConfig, MoE, Routing, load_balancing_loss, load_statistics, router_entropy
 
 every_kind = pytest.mark.parametrize("kind", EXPERTS)
 
@@ -18,7 +18,7 @@ def make_moe(
     experts=4, top_k=2, width=16, hidden=8, shared=16, normalize=False, kind="swiglu", scaling=1.0, seed=0
 ) -> MoE:
     torch.manual_seed(seed)
-    moe = MoE(hidden, width, experts, top_k, shared, normalize, kind, scaling)
+    moe = MoE(hidden, ExpertsConfig(width, experts, top_k, shared, normalize, kind, scaling))
     moe.init_weights()
     for name, parameter in moe.named_parameters():
         if name.endswith("bias"):  # fresh ones are zero, and would hide a mistake
@@ -171,7 +171,7 @@ def test_hidden_units_are_views_of_what_belongs_together(kind):
 def test_fresh_experts_are_scaled_as_single_linears():
     """Xavier's bound is that of one (F, D) projection, not of the stack."""
     for kind, widths in {"swiglu": 3, "gelu": 2}.items():
-        moe = MoE(32, 128, 4, 2, expert_mlp=kind)
+        moe = MoE(32, ExpertsConfig(128, 4, 2, kind=kind))
         moe.init_weights()
         bound = (6 / (32 + 128)) ** 0.5
         projections = [units for units in moe.experts.hidden_units().values() if units.shape[2] > 1]
@@ -225,7 +225,7 @@ def test_traces_as_one_graph_without_host_access(kind):
 def test_runs_forward_and_backward_on_fake_tensors(kind, dtype):
     """Fake tensors have shapes but no values: reading one, in either direction, raises."""
     with FakeTensorMode():
-        moe = MoE(16, 32, 4, 2, 16, expert_mlp=kind)
+        moe = MoE(16, ExpertsConfig(32, 4, 2, 16, kind=kind))
         x = torch.randn(2, 7, 16, requires_grad=True)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             out, routing = moe(x)
@@ -345,7 +345,7 @@ def test_gradients_of_routing_weights_add_up_in_fp32():
 
 
 def test_the_precision_of_products_is_that_of_autocast():
-    weight, moe = torch.zeros(2, 2), MoE(16, 16, 2, 1)
+    weight, moe = torch.zeros(2, 2), MoE(16, ExpertsConfig(16, 2, 1))
     moe.init_weights()
     assert kernels.compute_dtype(weight) == torch.float32 and moe(torch.randn(3, 16))[0].dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
@@ -361,7 +361,7 @@ def test_compiled_sums_are_not_widened_by_autocast(monkeypatch):
 
 def test_widths_of_initial_weights():
     """Xavier's bound of each projection on its own, Kaiming's of the gate: sqrt(6 / (in + out)), 1 / sqrt(in)."""
-    moe = MoE(64, 128, 4, 2, shared_width=256)
+    moe = MoE(64, ExpertsConfig(128, 4, 2, shared_width=256))
     model = build_model("DiT-Nano/2", num_experts=4)
     moe.init_weights()
     shared = model.blocks[0].moe.shared_experts
@@ -375,6 +375,6 @@ def test_widths_of_initial_weights():
 
 
 def test_entropy_of_one_expert_is_none():
-    moe = MoE(16, 16, 1, 1)
+    moe = MoE(16, ExpertsConfig(16, 1, 1))
     moe.init_weights()
     assert router_entropy([moe(torch.randn(5, 16))[1]]).tolist() == [0]

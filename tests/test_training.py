@@ -804,3 +804,13 @@ def test_experts_that_an_old_pytorch_cannot_trace_are_refused(monkeypatch):
     machine.check_compile(dense, torch.float32)
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.15.0"))
     machine.check_compile(sparse, torch.float32)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", "caf\u00e9.png".encode()])
+def test_an_unreadable_image_may_have_any_name(images, name):
+    """A name that is not UTF-8 is logged, by its bytes."""
+    with open(os.path.join(os.fsencode(images), b"class1", name), "wb") as file:
+        file.write(b"no image")
+    run = run_train(images, "--epochs", 1, steps=99)
+    logged = (run / "log.txt").read_text(encoding="utf-8")
+    assert "unreadable image, replaced by its successor" in logged and "caf" in logged
