@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy threads on a loaded machine can be 20 times slower than one
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its pool would not live in the processes that tests fork
 
 import numpy as np
 import pytest
@@ -25,6 +26,9 @@ from safetensors import safe_open
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+# The first backward decides for good which devices have threads, with which a process cannot fork. Later it may come
+# under FakeTensorMode, which feigns a GPU.
+torch.ones(1, requires_grad=True).sum().backward()
 
 traces_fp32 = pytest.mark.skipif(torch.__version__ < "2.15", reason="PyTorch before 2.15 traces bf16 experts alone")
 
