@@ -175,4 +175,4 @@ def test_launchers_of_the_published_commands(images, launcher, says):
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
     log = (images.parent / "results" / "000-DiT-Nano-2-8E2A-ddpm" / "log.txt").read_text()
-    assert says in log and "done: 1 steps" in log
+    assert says in log and "done: at step 1" in log
