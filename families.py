@@ -8,6 +8,7 @@ What a family's module has:
     QK_NORM          which one its published models have, where they have one
     TRAINING         flags of train.py whose defaults are others
     find_folder, read_folder, known, description    where its checkpoints are folders, and what these tell
+    write_folder                                    and how such a folder is written
 
 The first family that recognises a file takes it; DiT takes what no other one does.
 """
@@ -30,6 +31,11 @@ def family_of(names: Iterable[str]):
     return next(family for family in FAMILIES if any(family.MARK.fullmatch(name) for name in plain) or family is dit)
 
 
+def family_for(config):
+    """The first whose names can say all of a model."""
+    return next(family for family in FAMILIES if family.spells(config))
+
+
 def family_of_row(name: str):
     return next(family for family in FAMILIES if name in family.ROWS)
 
@@ -46,6 +52,6 @@ def to_published(state_dict: Mapping[str, Tensor], flash_names: bool = False, co
 
     `flash_names` writes `Wqkv`/`out_proj`, as the published XL and G files of DiT-MoE have.
     """
-    family = dit if config is None else next(family for family in FAMILIES if family.spells(config))
+    family = dit if config is None else family_for(config)
     names = dit.FLASH_NAMES if family is dit and flash_names else family.NAMES_WRITTEN
     return names.to_theirs(state_dict, config)

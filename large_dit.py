@@ -136,6 +136,36 @@ def read_folder(folder: Path, which: str, load: Callable[..., Any]) -> tuple[Map
     return _join(parts, paths) if count > 1 else parts[0], args, paths[0]
 
 
+def write_folder(folder: Path, which: str, tensors: Mapping[str, Tensor], config, record: Mapping) -> None:
+    """What the public code samples from: the weights in one part, and the flags of its training that it asks for.
+
+    Args:
+        which: "ema" or "model".
+        record: `checkpoint.Description`, or as much of it as is known.
+
+    Raises:
+        UsageError: the public code has no such model, or would sample it in another way.
+    """
+    rows = {name: (row["depth"], row["hidden_size"]) for name, row in ROWS.items() if name.startswith("DiT_")}
+    model = next((name for name, size in rows.items() if size == (config.depth, config.hidden_size)), None)
+    flow = record.get("objective", {}).get("name") == "rf"
+    if model is None or config.num_experts or flow:
+        what = "rectified flow" if flow else "experts" if config.num_experts else "this size"
+        raise UsageError(f"{folder}: the public code's folders know no {what}; write a .safetensors or .pt file")
+    vae = record.get("space", {}).get("path")
+    args = argparse.Namespace(
+        model=model,
+        image_size=record.get("image_size", 8 * config.input_size),
+        num_classes=config.num_classes,
+        qk_norm=config.qk_norm == "full",
+        vae=vae if vae in ("ema", "mse") else "ema",
+        model_parallel_size=1,
+    )
+    stem = "consolidated_ema" if which == "ema" else "consolidated"
+    torch.save(dict(tensors), folder / f"{stem}.00-of-01.pth")
+    torch.save(args, folder / ARGS)
+
+
 def known(args: dict) -> dict:
     """The fields of `DiTConfig` that flags tell of a model and shapes do not."""
     found = {"num_heads": ROWS[args["model"]]["num_heads"]} if args.get("model") in ROWS else {}

@@ -7,6 +7,7 @@ python weights.py export results/000-DiT-S-2-8E2A-rf --output dit_moe_s.safetens
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ import cli
 from cli import UsageError, positive_int
 from configuration import UNSEEN
 from diffusion import objective_from_config
-from families import to_published
+from families import family_for, to_published
 from files import replace_json
 from models import DiT, count_parameters
 from objectives import in_words
@@ -32,7 +33,9 @@ def get_parser() -> cli.Parser:
     inspect = commands.add_parser("inspect", help="a table of what a file holds, without loading it whole")
     parser.add_switch(inspect, "--norms", False, "the norm of each expert's weights (reads the experts)")
     export = commands.add_parser("export", help="write the published names, as .safetensors or .pt")
-    export.add_argument("--output", type=Path, required=True, help="a .safetensors or .pt file that does not exist")
+    export.add_argument(
+        "--output", type=Path, required=True, help="a .safetensors or .pt file, or (Large-DiT) a folder"
+    )
     export.add_argument("--dtype", choices=DTYPES, help="default: as it is")
     parser.add_switch(export, "--flash-names", None, "Wqkv and out_proj; default: where there is QK-norm, as published")
     for command in (inspect, export):
@@ -48,8 +51,10 @@ def main(args) -> None:
     if args.command == "inspect":
         print("\n".join(describe(weights, args.norms)))
     else:
-        export(weights, args.output, args.dtype, args.flash_names)
-        print(f"{args.output}: {args.output.stat().st_size / 1e9:.3f} GB, {checkpoint.describe(weights.config)}")
+        export(weights, args.output, args.dtype, args.flash_names, "ema" if args.use_ema else "model")
+        written = args.output.rglob("*") if args.output.is_dir() else [args.output]
+        size = sum(path.stat().st_size for path in written)
+        print(f"{args.output}: {size / 1e9:.3f} GB, {checkpoint.describe(weights.config)}")
 
 
 def describe(weights: checkpoint.Weights, norms: bool) -> list[str]:
@@ -87,15 +92,18 @@ def describe(weights: checkpoint.Weights, norms: bool) -> list[str]:
     return lines
 
 
-def export(weights: checkpoint.Weights, output: Path, dtype: str | None, flash_names: bool | None) -> None:
-    """Write `weights` under the published names; the file appears when it is complete.
+def export(
+    weights: checkpoint.Weights, output: Path, dtype: str | None, flash_names: bool | None, which: str = "ema"
+) -> None:
+    """Write `weights` under the published names; the file, or a family's folder, appears when it is complete.
 
     What is known of them besides (`checkpoint.Description`) goes into a `.safetensors`, and beside a `.pt` as `.json`.
 
     Raises:
         UsageError: the suffix is another, a file exists or cannot be written.
     """
-    if output.suffix not in (".safetensors", ".pt"):
+    write_folder = getattr(family_for(weights.config), "write_folder", None)
+    if output.suffix not in (".safetensors", ".pt") and (output.suffix or write_folder is None):
         raise UsageError(f"--output {output} must end in .safetensors or .pt")
     beside = checkpoint.description_path(output) if output.suffix == ".pt" and weights.record is not None else None
     for path in (output, beside):
@@ -110,16 +118,21 @@ def export(weights: checkpoint.Weights, output: Path, dtype: str | None, flash_n
     unfinished = output.with_name(f"{output.name}.unfinished")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        if output.suffix == ".pt":
+        if not output.suffix:
+            unfinished.mkdir()
+            write_folder(unfinished, which, tensors, weights.config, weights.record or {})
+        elif output.suffix == ".pt":
             torch.save({"ema": tensors}, unfinished)
         else:
             save_file(tensors, unfinished, metadata)
         if beside is not None:
             replace_json(beside, weights.record)
         unfinished.rename(output)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, UsageError) as error:
         with contextlib.suppress(OSError):
-            unfinished.unlink()
+            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+        if isinstance(error, UsageError):
+            raise
         raise UsageError(f"{output} cannot be written: {error}") from None
 
 

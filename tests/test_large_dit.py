@@ -1,5 +1,6 @@
 """Large-DiT against the public code: outputs, guidance, gradients, folders; and the same scripts for it."""
 
+import argparse
 import json
 import re
 import shutil
@@ -321,6 +322,14 @@ def test_published_commands_train_everywhere_alike(images):
     exported = images.parent / "large.pt"
     script("weights.py", "export", one, "--output", exported)
     assert "layers.2.attention.wk.weight" in torch.load(exported)["ema"]
+    folder = images.parent / "folder"
+    script("weights.py", "export", one, "--output", folder)
+    assert vars(checkpoint.load_pickle(folder / "model_args.pth", argparse.Namespace)) == {
+        **{"model": "DiT_Llama_Nano_patch2", "image_size": 8, "num_classes": 4, "qk_norm": True, "vae": "ema"},
+        "model_parallel_size": 1,
+    }
+    ours, theirs = checkpoint.load_weights(one), checkpoint.load_weights(folder, input_size=8)
+    assert all(torch.equal(theirs.state_dict[name], tensor) for name, tensor in ours.state_dict.items())
     drawn = []
     for ckpt in (one, exported):
         path = images.parent / f"{ckpt.stem}.png"
@@ -413,3 +422,18 @@ def test_runs_of_before_resume(images):
     train(images, "old", *flags, "--max_steps", 3, "--resume", run)
     whole = train(images, "whole", *flags, "--max_steps", 3)
     assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(whole)]
+
+
+def test_folders_that_the_public_code_could_not_use_are_refused(tmp_path):
+    import weights as tool
+
+    for options, record, message in (
+        ({"num_experts": 4}, None, "know no experts"),
+        ({"depth": 5}, None, "know no this size"),
+        ({}, {"objective": {"name": "rf"}}, "know no rectified flow"),
+    ):
+        model = DiT(build_config("Large-DiT-Nano/2", input_size=8, **options))
+        held = checkpoint.Weights(model.state_dict(), model.state_dict(), model.config, record, tmp_path)
+        with pytest.raises(UsageError, match=message):
+            tool.export(held, tmp_path / "folder", None, None)
+        assert not list(tmp_path.iterdir())
