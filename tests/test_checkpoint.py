@@ -395,3 +395,20 @@ def test_a_model_of_half_precision_is_all_of_it(tmp_path):
     save_file({name: tensor for name, tensor in state.items() if name != "pos_embed"}, tmp_path / "m.safetensors")
     model = load_weights(tmp_path / "m.safetensors", input_size=8).build(dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+
+
+def test_what_a_manifest_does_not_know_is_missing(tmp_path):
+    save(tmp_path / "1", 1.0)
+    (tmp_path / "1" / "ema.safetensors").write_bytes(b"put here by hand")
+    with pytest.raises(DamagedCheckpoint, match=r"lacks ema\.safetensors"):
+        checkpoint.verify(tmp_path / "1", ("ema.safetensors",))
+
+
+def test_a_training_checkpoint_gives_the_weights_asked_for_and_no_numbers(tmp_path):
+    state = build_model("DiT-Nano/2", input_size=8).state_dict()
+    average = {name: tensor + 1 for name, tensor in state.items()}
+    torch.save({"model": dict(state) | {"step": 7}, "ema": average | {"decay": 0.9}}, tmp_path / "m.pt")
+    for which, expected in (("model", state), ("ema", average)):
+        weights = load_weights(tmp_path / "m.pt", which)
+        assert weights.state_dict.keys() == state.keys()
+        assert torch.equal(weights.state_dict["pos_embed"], expected["pos_embed"])
