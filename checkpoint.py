@@ -38,7 +38,7 @@ from typing_extensions import TypedDict
 
 from cli import UsageError
 from conditions import Classes
-from configuration import DiTConfig, infer_config
+from configuration import DiTConfig, infer_config, row_name
 from families import FAMILIES, DiT_models, from_published
 from files import UNFINISHED, digest, digest_of, flush_to_disk, write_json
 from models import DiT
@@ -587,9 +587,9 @@ def check_fit(model: Mapping[str, Tensor], weights: Weights, any_size: bool = Fa
 
 
 def describe(config: DiTConfig) -> str:
-    """A model in words: what to tell someone whose flags do not fit a file."""
-    row = {key: getattr(config, key) for key in ("depth", "hidden_size", "patch_size")}
-    names = [name for name, values in DiT_models.items() if values.items() >= row.items()]
-    size = names[0] if names else f"depth {config.depth}, width {config.hidden_size}, patch {config.patch_size}"
+    """A model in words: what to tell someone whose flags do not fit a file, which may not tell its heads."""
+    heads = {row["num_heads"] for row in DiT_models.values() if row["hidden_size"] == config.hidden_size}
+    size = next(filter(None, (row_name(replace(config, num_heads=count)) for count in sorted(heads))), None)
+    size = size or f"depth {config.depth}, width {config.hidden_size}, patch {config.patch_size}"
     experts = f"{config.num_experts} experts" if config.num_experts else "dense"
     return f"{size}, {experts}, {config.num_classes} classes, input {config.input_size}x{config.input_size}"

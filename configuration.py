@@ -240,9 +240,9 @@ def build_config(name: str, **options) -> DiTConfig:
 
 
 def row_name(config: DiTConfig) -> str | None:
-    """The row of `DiT_models` that a configuration has, or None."""
-    rows = (name for name, row in DiT_models.items() if all(getattr(config, key) == row[key] for key in row))
-    return next(rows, None)
+    """The row of `DiT_models` that a configuration has, that which says most of it, or None."""
+    rows = [name for name, row in DiT_models.items() if all(getattr(config, key) == row[key] for key in row)]
+    return max(rows, key=lambda name: len(DiT_models[name]), default=None)
 
 
 def qk_norm(text: str) -> str | bool:

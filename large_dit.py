@@ -27,7 +27,13 @@ COMMON = {
     **{"attention_bias": False, "mlp_multiple": 256},
 }
 ROWS = {
-    name: {"depth": depth, "hidden_size": width, "num_heads": heads, "condition_width": min(width, 1024), **COMMON}
+    name: {
+        "depth": depth,
+        "hidden_size": width,
+        "num_heads": heads,
+        "condition_width": 1024 if width > 1024 else 0,
+        **COMMON,
+    }
     for size, (depth, width, heads) in SIZES.items()
     for name in (f"Large-DiT-{size}/2", f"DiT_Llama_{size}_patch2")
 }
@@ -148,9 +154,13 @@ def write_folder(folder: Path, which: str, tensors: Mapping[str, Tensor], config
     """
     rows = {name: (row["depth"], row["hidden_size"]) for name, row in ROWS.items() if name.startswith("DiT_")}
     model = next((name for name, size in rows.items() if size == (config.depth, config.hidden_size)), None)
-    flow = record.get("objective", {}).get("name") == "rf"
-    if model is None or config.num_experts or flow:
-        what = "rectified flow" if flow else "experts" if config.num_experts else "this size"
+    unknown = {
+        "model of this size": model is None,
+        "experts": config.num_experts > 0,
+        "rectified flow": record.get("objective", {}).get("name") == "rf",
+        "latents but those of Stable Diffusion": config.in_channels != 4,
+    }
+    if what := next((what for what, is_so in unknown.items() if is_so), None):
         raise UsageError(f"{folder}: the public code's folders know no {what}; write a .safetensors or .pt file")
     vae = record.get("space", {}).get("path")
     args = argparse.Namespace(

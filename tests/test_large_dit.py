@@ -14,6 +14,7 @@ from test_training import metrics
 import checkpoint
 import families
 import large_dit
+import weights as tool
 from cli import UsageError
 from configuration import build_config, infer_config
 from diffusion import classifier_free_guidance
@@ -322,14 +323,6 @@ def test_published_commands_train_everywhere_alike(images):
     exported = images.parent / "large.pt"
     script("weights.py", "export", one, "--output", exported)
     assert "layers.2.attention.wk.weight" in torch.load(exported)["ema"]
-    folder = images.parent / "folder"
-    script("weights.py", "export", one, "--output", folder)
-    assert vars(checkpoint.load_pickle(folder / "model_args.pth", argparse.Namespace)) == {
-        **{"model": "DiT_Llama_Nano_patch2", "image_size": 8, "num_classes": 4, "qk_norm": True, "vae": "ema"},
-        "model_parallel_size": 1,
-    }
-    ours, theirs = checkpoint.load_weights(one), checkpoint.load_weights(folder, input_size=8)
-    assert all(torch.equal(theirs.state_dict[name], tensor) for name, tensor in ours.state_dict.items())
     drawn = []
     for ckpt in (one, exported):
         path = images.parent / f"{ckpt.stem}.png"
@@ -424,12 +417,26 @@ def test_runs_of_before_resume(images):
     assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(whole)]
 
 
-def test_folders_that_the_public_code_could_not_use_are_refused(tmp_path):
-    import weights as tool
+def test_folders_are_written_as_they_are_read(tmp_path):
+    model = randomized(DiT(build_config("Large-DiT-Nano/2", input_size=8, num_classes=10, qk_norm=True)))
+    record = {"objective": {"name": "ddpm"}, "space": {"path": "mse"}, "image_size": 64}
+    state = model.state_dict()
+    tool.export(checkpoint.Weights(state, state, model.config, record, tmp_path), tmp_path / "folder", None, None)
+    assert vars(checkpoint.load_pickle(tmp_path / "folder" / "model_args.pth", argparse.Namespace)) == {
+        **{"model": "DiT_Llama_Nano_patch2", "image_size": 64, "num_classes": 10, "qk_norm": True, "vae": "mse"},
+        "model_parallel_size": 1,
+    }
+    weights = checkpoint.load_weights(tmp_path / "folder")
+    assert weights.config == model.config and weights.record["space"] == {"path": "mse"}
+    torch.testing.assert_close(evaluated(weights)(*inputs(model.config)), model(*inputs(model.config)))
+    assert checkpoint.describe(model.config).startswith("Large-DiT-Nano/2, dense")
 
+
+def test_folders_that_the_public_code_could_not_use_are_refused(tmp_path):
     for options, record, message in (
         ({"num_experts": 4}, None, "know no experts"),
-        ({"depth": 5}, None, "know no this size"),
+        ({"depth": 5}, None, "know no model of this size"),
+        ({"in_channels": 3}, None, "know no latents but"),
         ({}, {"objective": {"name": "rf"}}, "know no rectified flow"),
     ):
         model = DiT(build_config("Large-DiT-Nano/2", input_size=8, **options))
