@@ -161,7 +161,7 @@ def write_folder(folder: Path, which: str, tensors: Mapping[str, Tensor], config
         "latents but those of Stable Diffusion": config.in_channels != 4,
     }
     if what := next((what for what, is_so in unknown.items() if is_so), None):
-        raise UsageError(f"{folder}: the public code's folders know no {what}; write a .safetensors or .pt file")
+        raise UsageError(f"the public code's folders know no {what}; write a .safetensors or .pt file")
     vae = record.get("space", {}).get("path")
     args = argparse.Namespace(
         model=model,

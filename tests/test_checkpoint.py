@@ -362,6 +362,7 @@ def test_several_files_are_one(tmp_path):
 
 def test_a_file_within_a_checkpoint_is_the_one_asked_for(tmp_path, monkeypatch):
     model = build_model("DiT-Nano/2", input_size=8, learn_sigma=False)
+    torch.nn.init.ones_(model.final_layer.linear.weight)
     config = {"format": 1, "model": model.config.to_dict(), "objective": {"name": "rf"}}
     state = model.state_dict()
     average = {name: tensor * 2 for name, tensor in state.items()}
