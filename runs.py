@@ -597,6 +597,8 @@ def _checkpoint_at(path: Path) -> tuple[Path, Path | None]:
         checkpoint.verify(path)
         return path, path.parent.parent if path.parent.name == "checkpoints" else None
     found = checkpoint.newest_good(path)
+    if found is None and checkpoint.find_published_folder(path):
+        raise UsageError(f"--resume {path}: it holds published weights; --init-from {path} starts from them")
     if found is None:
         raise UsageError(f"--resume {path}: no good checkpoint in this folder")
     return found, path.parent if path.name == "checkpoints" else path

@@ -444,3 +444,21 @@ def test_folders_that_the_public_code_could_not_use_are_refused(tmp_path):
         with pytest.raises(UsageError, match=message):
             tool.export(held, tmp_path / "folder", None, None)
         assert not list(tmp_path.iterdir())
+
+
+def test_folders_given_to_other_commands(images, heads):
+    folder, up = GOLDEN / "large_dit_ckpt_1way", images.parent / "up"
+    result = script("upcycle.py", "--ckpt", folder, "--num_experts", 4, "--output", up)
+    differ = float(re.search(r"differ from the source's by at most (\S+)", result.stdout)[1])
+    assert differ < 1e-5 and read_json(up, "config")["space"] == {"path": "ema"}
+    lines = script("weights.py", "inspect", folder).stdout
+    assert "53,024 in total" in lines and "objective    ddpm" in lines
+    result = script("train.py", "--resume", folder, "--data-path", images, *NANO, check=2)
+    assert f"it holds published weights; --init-from {folder} starts from them" in result.stderr
+
+    start = ["--init-from", folder, "--fresh-parts", "--max_steps", 1, "--data_path", images]
+    start += [flag for i, flag in enumerate(NANO[2:]) if "--num_classes" not in NANO[2:][max(0, i - 1) : i + 1]]
+    script("train.py", *start, "--results_dir", images.parent / "tuned")
+    (run,) = (images.parent / "tuned").iterdir()
+    model = read_json(run / "checkpoints" / "0000001", "config")["model"]
+    assert (model["norm"], model["num_heads"], model["in_channels"], model["num_classes"]) == ("rms", 4, 3, 4)
