@@ -8,7 +8,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import NotRequired, get_type_hints
 
 from typing_extensions import TypedDict
@@ -236,7 +236,10 @@ def build_config(name: str, **options) -> DiTConfig:
     options.setdefault("qk_norm", options.get("num_experts", 0) > 0 and name.startswith(("DiT-XL/", "DiT-G/")))
     if options["qk_norm"] is True:
         options["qk_norm"] = family_of_row(name).QK_NORM
-    return DiTConfig(**(DiT_models[name] | options))
+    config = DiTConfig(**(DiT_models[name] | options))
+    if family_of_row(name).EXPERTS_ARE_MLPS and "expert_ratio" not in options:
+        config = replace(config, expert_ratio=config.mlp_width / config.hidden_size)
+    return config
 
 
 def row_name(config: DiTConfig) -> str | None:

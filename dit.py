@@ -18,6 +18,7 @@ ROWS = {
     for patch in ((2,) if size in ("Nano", "G") else (2, 4, 8))
 }
 QK_NORM = "head"
+EXPERTS_ARE_MLPS = False  # experts of 4 D, whatever the feed-forward
 TRAINING: dict = {}
 MARK = re.compile(r"blocks\.0\.attn\.(qkv|Wqkv)\.weight")
 

@@ -6,6 +6,7 @@ What a family's module has:
     NAMES            the names in its files (`names.NameMap`); MARK, a pattern of one that no other family has
     spells(config)   whether its names can say all that a model has
     QK_NORM          which one its published models have, where they have one
+    EXPERTS_ARE_MLPS whether an expert is as wide as the feed-forward, where no flag says how wide
     TRAINING         flags of train.py whose defaults are others
     find_folder, read_folder, known, description    where its checkpoints are folders, and what these tell
     write_folder                                    and how such a folder is written

@@ -38,6 +38,7 @@ ROWS = {
     for name in (f"Large-DiT-{size}/2", f"DiT_Llama_{size}_patch2")
 }
 QK_NORM = "full"
+EXPERTS_ARE_MLPS = True
 TRAINING = {"grad_clip": 2.0}  # flags of train.py whose defaults are others
 
 MARK = re.compile(r"layers\.0\.attention\.wq\.weight")  # one of the names that no other family has

@@ -89,6 +89,14 @@ def test_published_sizes(size, plain, normed):
         assert counts == [plain, normed]
 
 
+def test_experts_are_its_feed_forward():
+    for size, width in (("600M", 4096), ("3B", 8192), ("7B", 11008)):
+        config = build_config(f"Large-DiT-{size}/2", num_experts=8)
+        assert config.expert_width == config.mlp_width == width
+    assert build_config("Large-DiT-3B/2", num_experts=8, expert_ratio=1.0).expert_width == 3072
+    assert build_config("DiT-XL/2", num_experts=8).expert_width == 4 * 1152
+
+
 def naive_rotation(x, rotation):
     """(N, T, h, d) by complex numbers, as the public code has it."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
