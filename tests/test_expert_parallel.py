@@ -11,6 +11,7 @@ from conftest import script
 from test_training import TINY, metrics, refused, tensors
 from torch.distributed.device_mesh import init_device_mesh
 
+import cli
 from configuration import build_config
 from expert_parallel import AllToAll, check_expert_parallel, deal_experts
 from moe import ExpertsConfig, MoE
@@ -44,6 +45,7 @@ def in_a_group(rank: int, size: int, store: str, function, *arguments) -> None:
         function(rank, size, *arguments)
     finally:
         dist.destroy_process_group()
+    cli.end_at_once(0)  # as scripts end: a thread of the group that outlives Python would abort it
 
 
 def spawn(tmp_path: Path, size: int, function, *arguments) -> None:
