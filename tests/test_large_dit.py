@@ -6,9 +6,11 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import Golden, read_json, script, traces_fp32
+from test_extract_features import save_autoencoder
 from test_training import metrics
 
 import checkpoint
@@ -470,3 +472,20 @@ def test_folders_given_to_other_commands(images, heads):
     (run,) = (images.parent / "tuned").iterdir()
     model = read_json(run / "checkpoints" / "0000001", "config")["model"]
     assert (model["norm"], model["num_heads"], model["in_channels"], model["num_classes"]) == ("rms", 4, 3, 4)
+
+
+def test_folders_are_sampled_by_both_samplers(tmp_path, heads):
+    """With an autoencoder where the public code keeps it: `--local_diffusers_model_root`, and `ema` by the folder."""
+    save_autoencoder(tmp_path / "stabilityai" / "sd-vae-ft-ema")
+    common = ["--ckpt", GOLDEN / "large_dit_ckpt_2way", "--local_diffusers_model_root", tmp_path, "--device", "cpu"]
+    common += ["--num_sampling_steps", 3, "--cfg_scale", 4.0, "--seed", 1]
+    script("sample.py", *common, "--no_ema", "--class_labels", 1, 7, "--image_save_path", tmp_path / "model.png")
+    script("sample.py", *common, "--ema", "--class_labels", 1, 7, "--image_save_path", tmp_path / "ema.png")
+    pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("model", "ema")]
+    assert pictures[0] != pictures[1]
+    script(
+        "sample_ddp.py", *common, "--num-fid-samples", 6, "--sample-dir", tmp_path / "set", "--per-proc-batch-size", 4
+    )
+    (archive,) = (tmp_path / "set").rglob("samples.npz")
+    with np.load(archive) as file:
+        assert len(file["arr_0"]) == 6 and file["labels"].max() < 10
