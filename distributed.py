@@ -109,12 +109,8 @@ class Processes:
         (host, ours), (other_host, theirs) = known[0], known[other]
         name = next(name for name in ours | theirs if ours.get(name) != theirs.get(name))
         theirs, ours = (str(facts.get(name))[:200] for facts in (theirs, ours))  # lists of names can be long
-        error = UsageError(
-            f"process {other} on {other_host} has {name} {theirs}, process 0 on {host} has {ours}; "
-            "all must be started with the same flags, data and packages"
-        )
-        error.everywhere = True
-        raise error
+        what = f"process {other} on {other_host} has {name} {theirs}, process 0 on {host} has {ours}"
+        _value_or_raise(None, UsageError(f"{what}; all must be started with the same flags, data and packages"))
 
     def share_folder(self, folder: Path) -> None:
         """See that what rank 0 writes into a folder stands there for every process.
@@ -122,18 +118,16 @@ class Processes:
         Raises:
             UsageError: on all of them; it names the machines that have a folder of their own there.
         """
-        probe = folder / f".probe-{uuid.uuid4().hex}"
-        probe = Path(self.on_main(lambda: probe.touch() or str(probe)))
+        probe = folder / self.from_main(f".probe-{uuid.uuid4().hex}")
+        self.on_main(probe.touch)
         blind = {host for host in self.gather(None if _appears(probe) else socket.gethostname()) if host}
         here = self.from_main(socket.gethostname())
         self.on_main(lambda: probe.unlink(missing_ok=True))
         if blind:
-            error = UsageError(
-                f"{folder} is not the same folder on all machines: {', '.join(sorted(blind))} cannot see what {here} "
-                "writes there; give a --results-dir on a disk that all share"
-            )
-            error.everywhere = True
-            raise error
+            what = f"{', '.join(sorted(blind))} cannot see what {here} writes there"
+            advice = "give a --results-dir on a disk that all share"
+            error = UsageError(f"{folder} is not the same folder on all machines: {what}; {advice}")
+            _value_or_raise(None, error)
 
 
 SEEN_WITHIN = 90  # seconds for which a network disk may show the list of names of before

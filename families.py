@@ -21,6 +21,7 @@ from torch import Tensor
 
 import dit
 import large_dit
+from names import without_wrappers
 
 FAMILIES = (large_dit, dit)
 DiT_models: dict[str, dict] = dit.ROWS | large_dit.ROWS
@@ -28,7 +29,7 @@ DiT_models: dict[str, dict] = dit.ROWS | large_dit.ROWS
 
 def family_of(names: Iterable[str]):
     """Of the tensors of a file."""
-    plain = [name.replace("_orig_mod.", "").removeprefix("module.") for name in names]
+    plain = [without_wrappers(name) for name in names]
     return next(family for family in FAMILIES if any(family.MARK.fullmatch(name) for name in plain) or family is dit)
 
 

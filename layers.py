@@ -34,6 +34,7 @@ def roles_of(model: nn.Module) -> dict[str, str]:
         declared = getattr(module, "roles", {})
         for name, parameter in module.named_parameters(recurse=False):
             role = declared.get(name, "hidden" if parameter.ndim > 1 else "vector")
+            assert role in ROLES, f"{prefix}.{name} declares {role!r}"
             roles[f"{prefix}.{name}" if prefix else name] = role
     return roles
 

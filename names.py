@@ -53,7 +53,7 @@ class NameMap:
         """
         made, sources = {}, {}  # (our name, its rule) -> {(expert, part): their name}
         for name in tensors:
-            plain = name.replace("_orig_mod.", "").removeprefix("module.")
+            plain = without_wrappers(name)
             found = self._find(plain)
             if found is None:
                 made[plain] = tensors[name].to(device=device, dtype=dtype)
@@ -96,6 +96,11 @@ class NameMap:
             if match := pattern.fullmatch(name):
                 return each, part, match.groupdict()
         return None
+
+
+def without_wrappers(name: str) -> str:
+    """A parameter's name without what `torch.compile` and data parallelism put into it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def _pattern(name: str) -> re.Pattern:
