@@ -3,6 +3,7 @@
 N batch, C latent channels, H W image height and width, h w latent height and width.
 """
 
+import argparse
 import hashlib
 import os
 import textwrap
@@ -131,9 +132,19 @@ class LatentVAE(SpaceInfo):
             return self.vae.decode(latents.float() / self.scaling_factor + self.shift_factor).sample.clamp(-1, 1)
 
 
-def vae_below(root: str | None, vae_path: str) -> str:
-    """Where `mse` and `ema` are, for those who keep copies of the hub's models below a folder (None: on the hub)."""
-    return os.path.join(root, VAE_NAMES[vae_path]) if root is not None and vae_path in VAE_NAMES else vae_path
+def add_root_arguments(group) -> None:
+    """For those who keep copies of the hub's autoencoders, where Large-DiT and DiT-muP look for them."""
+    group.add_argument("--local-diffusers-model-root", metavar="DIR", help="mse and ema are below this folder")
+    group.add_argument("--root", metavar="DIR", help="mse and ema are in DIR/vaes, as DiT-muP keeps them")
+
+
+def vae_below(args: argparse.Namespace, vae_path: str) -> str:
+    """Where `mse` and `ema` are: below one of those folders, if one is given; else they are names of the hub."""
+    if vae_path in VAE_NAMES and args.root is not None:
+        return os.path.join(args.root, "vaes", os.path.basename(VAE_NAMES[vae_path]))
+    if vae_path in VAE_NAMES and args.local_diffusers_model_root is not None:
+        return os.path.join(args.local_diffusers_model_root, VAE_NAMES[vae_path])
+    return vae_path
 
 
 def load_space(vae_path: str) -> PixelSpace | LatentVAE:

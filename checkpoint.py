@@ -38,8 +38,8 @@ from typing_extensions import TypedDict
 
 from cli import UsageError
 from conditions import Classes
-from configuration import DiTConfig, infer_config, row_name
-from families import FAMILIES, DiT_models, from_published
+from configuration import DiTConfig, infer_config, row_name, usual_heads
+from families import FAMILIES, family_of, from_published
 from files import UNFINISHED, digest, digest_of, flush_to_disk, write_json
 from models import DiT
 from records import BadRecord, Name, OtherVersion, check_record, parse_record, read_record
@@ -440,8 +440,12 @@ def load_weights(path: str | Path, which: str = "ema", **known) -> Weights:
         tensors = LazyTensors(path)
         record = _carried_description(path, tensors.metadata.get(DESCRIPTION))
     else:
-        tensors = _state_dict_in(load_pickle(path), which)
-        record = _description_beside(path)
+        loaded = load_pickle(path)
+        tensors, args = _state_dict_in(loaded, which), loaded.get("args")
+        record, family = _description_beside(path), family_of(tensors)
+        if record is None and isinstance(args, argparse.Namespace) and getattr(family, "tells", bool)(vars(args)):
+            told = vars(args)
+            known |= family.known(told)  # a flag that says otherwise is refused later
     on_meta = tensors.on_meta() if isinstance(tensors, LazyTensors) else {n: t.to("meta") for n, t in tensors.items()}
     meta = from_published(on_meta)
     if record is not None:
@@ -588,8 +592,8 @@ def check_fit(model: Mapping[str, Tensor], weights: Weights, any_size: bool = Fa
 
 def describe(config: DiTConfig) -> str:
     """A model in words: what to tell someone whose flags do not fit a file, which may not tell its heads."""
-    heads = {row["num_heads"] for row in DiT_models.values() if row["hidden_size"] == config.hidden_size}
-    size = next(filter(None, (row_name(replace(config, num_heads=count)) for count in sorted(heads))), None)
+    heads = usual_heads(config.hidden_size)
+    size = next(filter(None, (row_name(replace(config, num_heads=count)) for count in heads)), None)
     size = size or f"depth {config.depth}, width {config.hidden_size}, patch {config.patch_size}"
     experts = f"{config.num_experts} experts" if config.num_experts else "dense"
     return f"{size}, {experts}, {config.num_classes} classes, input {config.input_size}x{config.input_size}"

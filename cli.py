@@ -120,6 +120,12 @@ def values(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name != "given"}
 
 
+def said(args: argparse.Namespace, name: str, value) -> str:
+    """What the command line says of `name`: `--depth 12`, or by another name `--mup (parametrization mup)`."""
+    flag = args.given[name]
+    return f"{flag} {value}" if flag.lstrip("-").replace("-", "_") == name else f"{flag} ({name} {value})"
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser in which `-` and `_` are the same inside a flag, and abbreviations are refused.
 
@@ -140,8 +146,14 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         args = [self._spelling(str(arg)) for arg in (sys.argv[1:] if args is None else args)]
         namespace, rest = super().parse_known_args(args, namespace)
-        flags = [arg.partition("=")[0] for arg in args]
-        given = {self._option_string_actions[flag].dest: flag for flag in flags if flag in self._option_string_actions}
+        flags = [flag for flag in (arg.partition("=")[0] for arg in args) if flag in self._option_string_actions]
+        given: dict[str, str] = {}
+        for flag in flags:
+            action = self._option_string_actions[flag]
+            before = given.setdefault(action.dest, flag)
+            if action.nargs != 0 and self._option_string_actions[before] is not action:
+                self.error(f"{before} and {flag} say the same thing in two ways: give one of them")
+            given[action.dest] = flag
         namespace.given = getattr(namespace, "given", {}) | given  # a command's own are there already
         return namespace, rest
 
@@ -154,6 +166,11 @@ class Parser(argparse.ArgumentParser):
             same = (known for known in self._option_string_actions if known.replace("_", "-") == flag.replace("_", "-"))
             flag = next(same, flag)
         return flag + equals + os.path.expanduser(value)
+
+
+def power_of_two(text: str) -> float:
+    """An argparse type: 2 to a power such as -10, as the published flags of DiT-muP name numbers."""
+    return 2.0 ** number_in(-100, 100)(text)
 
 
 class _HelpFormatter(argparse.HelpFormatter):

@@ -9,15 +9,17 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import NotRequired, get_type_hints
 
 from typing_extensions import TypedDict
 
-from cli import Parser, UsageError, boolean, natural_int, number_in, positive_int, unknown_name
+from cli import Parser, UsageError, boolean, natural_int, number_in, positive_int, power_of_two, unknown_name
 from conditions import Classes
 from families import DiT_models, family_of_row
 from layers import MLPS, MOST_POSITIONS, NORMS, POSITIONS, QK_NORMS
 from moe import EXPERTS, ExpertsConfig
+from parametrization import PARAMETRIZATIONS
 from records import check_record
 
 # ------------------------------------------------------------------------------------------------------- configuration
@@ -39,8 +41,13 @@ LIMITS = {  # what a configuration may ask for, so that a broken file builds no 
     "num_kv_heads": (0, 1024),  # 0: as many as heads
     "condition_width": (0, 2**16),  # 0: the hidden size
     "mlp_multiple": (1, 2**16),
+    "base_width": (0, 2**16),
+    "output_mult": (2.0**-30, 2.0**30),
 }
-CHOICES = {"norm": NORMS, "positions": POSITIONS, "mlp": MLPS, "qk_norm": QK_NORMS, "expert_mlp": EXPERTS}
+CHOICES = {
+    **{"norm": NORMS, "positions": POSITIONS, "mlp": MLPS, "qk_norm": QK_NORMS, "expert_mlp": EXPERTS},
+    "parametrization": PARAMETRIZATIONS,
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,9 @@ class DiTConfig:
     norm_topk_prob: bool = False  # divide the K routing weights by their sum
     routed_scaling_factor: float = 1.0  # then multiply them by this
     moe_layers: str = "all"  # which blocks are MoE: all, every-N, deep-half, shallow-half, or a list such as 0,2,5
+    parametrization: str = "standard"  # a key of parametrization.PARAMETRIZATIONS
+    base_width: int = 0  # of muP: D of the model whose learning rate is tuned; 0: the usual one
+    output_mult: float = 1.0  # of muP: what the readout is multiplied by there
 
     def __post_init__(self):
         object.__setattr__(self, "qk_norm", {True: "head", False: "none"}.get(self.qk_norm, self.qk_norm))
@@ -115,6 +125,16 @@ class DiTConfig:
             raise UsageError(
                 f"expert width {self.expert_ratio} x {self.hidden_size} = {self.expert_width} must be a multiple of 8"
             )
+        if self.parametrization == "standard" and (self.base_width, self.output_mult) != (0, 1.0):
+            said = next(
+                name for name, usual in (("base_width", 0), ("output_mult", 1.0)) if getattr(self, name) != usual
+            )
+            raise UsageError(f"{said} {getattr(self, said)} does nothing under the standard parametrization; use mup")
+        if self.parametrization != "standard":
+            if not self.base_width:
+                object.__setattr__(self, "base_width", usual_base_width(self))
+            if self.base_width != self.hidden_size:
+                _ = self.at_width(self.base_width)  # complains about a wrong one
         if not 0 < self.routed_scaling_factor < math.inf:
             raise UsageError(f"routed_scaling_factor must be positive, got {self.routed_scaling_factor}")
         _ = self.moe_indices  # complains about a wrong moe_layers
@@ -197,6 +217,20 @@ class DiTConfig:
             f"or a list of blocks from 0 to {depth - 1} such as 0,2,5"
         )
 
+    def at_width(self, width: int) -> "DiTConfig":
+        """The same model with another hidden size: heads keep their size, all other widths their proportion.
+
+        Raises:
+            UsageError: it is no multiple of a head, or of as many heads as share keys and values.
+        """
+        sharing = self.num_heads // self.kv_heads
+        head = self.hidden_size // self.num_heads
+        if not width or width % (head * sharing):
+            several = f"{sharing} heads" if sharing > 1 else "a head"
+            raise UsageError(f"width {width} is no multiple of {head * sharing}, the size of {several}")
+        kv_heads = self.num_kv_heads and width // head // sharing
+        return replace(self, hidden_size=width, num_heads=width // head, num_kv_heads=kv_heads)
+
     def to_dict(self) -> dict:
         return asdict(self)
 
@@ -226,6 +260,14 @@ def _width(ratio: float, hidden_size: int) -> int:
     return int(ratio * hidden_size + 1e-6)
 
 
+def usual_base_width(config: DiTConfig) -> int:
+    """Of muP: that of the published rows of the same size of heads, the smallest of these rows, or else four heads."""
+    head = config.hidden_size // config.num_heads
+    rows = [row for row in DiT_models.values() if row["hidden_size"] == head * row["num_heads"]]
+    published = [row["base_width"] for row in rows if "base_width" in row]
+    return min(published or [row["hidden_size"] for row in rows] or [4 * head])
+
+
 def build_config(name: str, **options) -> DiTConfig:
     """The configuration of a row of `DiT_models`; `options` are fields of `DiTConfig` and win over the row.
 
@@ -236,7 +278,10 @@ def build_config(name: str, **options) -> DiTConfig:
     options.setdefault("qk_norm", options.get("num_experts", 0) > 0 and name.startswith(("DiT-XL/", "DiT-G/")))
     if options["qk_norm"] is True:
         options["qk_norm"] = family_of_row(name).QK_NORM
-    config = DiTConfig(**(DiT_models[name] | options))
+    values = DiT_models[name] | options
+    if values.get("parametrization", "standard") == "standard" and "base_width" not in options:
+        values.pop("base_width", None)
+    config = DiTConfig(**values)
     if family_of_row(name).EXPERTS_ARE_MLPS and "expert_ratio" not in options:
         config = replace(config, expert_ratio=config.mlp_width / config.hidden_size)
     return config
@@ -248,6 +293,13 @@ def row_name(config: DiTConfig) -> str | None:
     return max(rows, key=lambda name: len(DiT_models[name]), default=None)
 
 
+def name_of(config: DiTConfig, row: str | None = None) -> str:
+    """What to call a model: `row`, if it is one, or else the row that it is, or its size."""
+    if row is not None and all(getattr(config, key) == value for key, value in DiT_models[row].items()):
+        return row
+    return row_name(config) or f"DiT-{config.depth}L-{config.num_heads}h/{config.patch_size}"
+
+
 def qk_norm(text: str) -> str | bool:
     """One of `QK_NORMS`, or as for a switch: True for the kind of the family."""
     if text in QK_NORMS:
@@ -256,6 +308,10 @@ def qk_norm(text: str) -> str | bool:
         return boolean(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"expected {', '.join(QK_NORMS)}, True or False, got {text!r}") from None
+
+
+def mup_or_not(text: str) -> str:
+    return "mup" if boolean(text) else "standard"
 
 
 MODEL_FLAGS = {  # field of DiTConfig: options of its flag, which has its name
@@ -270,6 +326,11 @@ MODEL_FLAGS = {  # field of DiTConfig: options of its flag, which has its name
     "norm": dict(choices=NORMS, help="before attention and feed-forward (default: layer; Large-DiT: rms)"),
     "positions": dict(choices=POSITIONS, help="a table, or rotations of query and key (sincos; Large-DiT: rope)"),
     "mlp": dict(choices=MLPS, help="of blocks without experts (default: gelu; Large-DiT: swiglu)"),
+    "depth": dict(type=positive_int, help="blocks (default: the row's)"),
+    "patch_size": dict(type=positive_int, help="side of a patch (default: the row's)"),
+    "num_heads": dict(
+        type=positive_int, help="heads of the size that the row's have, which makes the width; without --model 72 each"
+    ),
     "num_kv_heads": dict(type=positive_int, help="heads of keys and values (default: as many as of queries)"),
     "qk_norm": dict(
         type=qk_norm,
@@ -278,24 +339,103 @@ MODEL_FLAGS = {  # field of DiTConfig: options of its flag, which has its name
         metavar="KIND",
         help="none, head, full, or True for the family's (default: none; XL and G with experts: head, as published)",
     ),
+    "parametrization": dict(
+        choices=PARAMETRIZATIONS, help="mup: learning rates found on a narrow model suit a wide one (default: standard)"
+    ),
+    "base_width": dict(
+        type=positive_int, help="of muP: hidden size at which --lr holds (default: of the smallest row with such heads)"
+    ),
+    "output_mult": dict(type=number_in(2.0**-30, 2.0**30), help="of muP: factor of the readout (default: 1)"),
 }
+DIT_MUP = ("depth", "patch_size", "num_heads", "parametrization", "base_width", "output_mult")  # what its flags say
 
 
 def add_model_arguments(parser: Parser):
     """`--model`, and `MODEL_FLAGS`, whose default is None: not said. Returns the group, for more."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", help="row of the table of sizes: DiT-{S,B,L,XL}/{2,4,8}, DiT-G/2, Large-DiT-{600M,3B,7B}/2 (DiT-S/2)"
+        "--model",
+        help="row of the table of sizes: DiT-{S,B,L,XL}/{2,4,8}, DiT-G/2, DiT-muP-{2,4,8,16}h/2, "
+        "Large-DiT-{600M,3B,7B}/2 (DiT-S/2)",
     )
-    for name, options in MODEL_FLAGS.items():
-        group.add_argument(f"--{name}" if name.startswith("num_") else f"--{name.replace('_', '-')}", **options)
+    for name in MODEL_FLAGS:
+        _add_flag(group, name)
+    _add_published_flags(group)
     return group
+
+
+def add_mup_arguments(group) -> None:
+    """What samplers take of them, for files that do not describe themselves: the flags of DiT-muP."""
+    for name in DIT_MUP:
+        _add_flag(group, name)
+    _add_published_flags(group)
+
+
+def _add_flag(group, name: str) -> None:
+    group.add_argument(f"--{name}" if name.startswith("num_") else f"--{name.replace('_', '-')}", **MODEL_FLAGS[name])
+
+
+def _add_published_flags(group) -> None:
+    """Those of DiT-muP that say the same in other words."""
+    options = {"type": mup_or_not, "nargs": "?", "const": "mup", "metavar": "BOOL"}
+    group.add_argument("--mup", dest="parametrization", help="--parametrization mup", **options)
+    group.add_argument("--dim_heads", type=positive_int, help="size of a head (default: the row's)")
+    group.add_argument("--logstd", dest="output_mult", type=power_of_two, help="--output-mult 2^N")
+    group.add_argument(
+        "--load_base_shapes", type=Path, metavar="FILE", help=".bsh that the model has to fit: --base-width"
+    )
+
+
+def fields_said(args: argparse.Namespace, like: DiTConfig) -> dict:
+    """The fields of a configuration that model flags say; `like` has what they leave open of heads and their size."""
+    fields = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name, None) is not None}
+    if "num_heads" in fields or args.dim_heads is not None:
+        fields.setdefault("num_heads", like.num_heads)
+        fields["hidden_size"] = fields["num_heads"] * (args.dim_heads or like.hidden_size // like.num_heads)
+    return fields
+
+
+def row_said(args: argparse.Namespace) -> str:
+    """`--model`, or what stands for it: DiT-muP's sizes where its flags speak of heads."""
+    if args.model is not None:
+        return args.model
+    dit_mup = (args.num_heads, args.dim_heads, args.load_base_shapes)
+    return "DiT-S/2" if all(flag is None for flag in dit_mup) else "DiT-muP-16h/2"
+
+
+def config_said(args: argparse.Namespace) -> DiTConfig:
+    """The model that the flags of `add_model_arguments` say, for some images that its patches divide.
+
+    Raises:
+        UsageError: they do not fit together.
+    """
+    name = row_said(args)
+    row = build_config(name)
+    fields = fields_said(args, row)
+    if args.model is None:
+        fields.setdefault("parametrization", "standard")
+    return build_config(name, input_size=64 * fields.get("patch_size", row.patch_size), **fields)
 
 
 # ---------------------------------------------------------------------------------------------------------- from files
 
 # Fields of DiTConfig that change the function and no shape: of a file that does not describe itself, a flag must tell.
-UNSEEN = ("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor")
+UNSEEN = (
+    *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor"),
+    *("parametrization", "base_width", "output_mult"),
+)
+
+
+def unseen(config: DiTConfig) -> dict:
+    """Those of `UNSEEN` that matter to a model, and what it has of them."""
+    names = list(UNSEEN[:3]) if config.num_experts else []
+    names += UNSEEN[3:] if config.parametrization == "mup" else ["parametrization"]
+    return {name: getattr(config, name) for name in names}
+
+
+def usual_heads(width: int) -> list[int]:
+    """How many heads the rows of this hidden size have."""
+    return sorted({row["num_heads"] for row in DiT_models.values() if row["hidden_size"] == width})
 
 
 def infer_config(shapes: Mapping[str, tuple[int, ...]], **known) -> DiTConfig:
@@ -334,8 +474,8 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], **known) -> DiTConfig:
     config["qk_norm"] = {0: "none", width: "full"}.get(normed, "head")
     if config["qk_norm"] == "head":
         config["num_heads"] = width // normed
-    elif heads := {row["num_heads"] for row in DiT_models.values() if row["hidden_size"] == width}:
-        config["num_heads"] = heads.pop()
+    elif heads := usual_heads(width):
+        config["num_heads"] = heads[0]
     elif "num_heads" not in known:
         raise UsageError(f"hidden size {width} is in no row of the table of sizes, so the number of heads is unknown")
     head = width // (known.get("num_heads") or config["num_heads"])

@@ -1,4 +1,4 @@
-"""DiT and DiT-MoE: their sizes, and the names in their files."""
+"""DiT, DiT-MoE and DiT-muP: their sizes, and the names in their files."""
 
 import re
 
@@ -16,6 +16,12 @@ ROWS = {
     f"DiT-{size}/{patch}": dict(depth=depth, hidden_size=hidden, patch_size=patch, num_heads=heads)
     for size, (depth, hidden, heads) in SIZES.items()
     for patch in ((2,) if size in ("Nano", "G") else (2, 4, 8))
+}
+ROWS |= {  # DiT-muP (arXiv 2505.15270): heads of 72, trained under muP
+    f"DiT-muP-{heads}h/2": dict(
+        depth=28, hidden_size=72 * heads, patch_size=2, num_heads=heads, parametrization="mup", base_width=288
+    )
+    for heads in (2, 4, 8, 16)
 }
 QK_NORM = "head"
 EXPERTS_ARE_MLPS = False  # experts of 4 D, whatever the feed-forward
@@ -39,6 +45,29 @@ FLASH_ATTENTION = (  # in the files of XL and G with experts
 )
 NAMES_WRITTEN = NameMap(*EXPERTS)
 NAMES = FLASH_NAMES = NameMap(*EXPERTS, *FLASH_ATTENTION)  # in reading, both spellings are known
+
+
+def tells(args: dict) -> bool:
+    """Whether the flags of a training, which are in its `.pt` files, say more than shapes do: those of DiT-muP."""
+    return "mup" in args
+
+
+def known(args: dict) -> dict:
+    """The fields of `DiTConfig` that they tell and shapes do not; of the base, what is usual."""
+    if not args["mup"]:
+        return {"num_heads": args["num_heads"], "parametrization": "standard"}
+    return {
+        "num_heads": args["num_heads"],
+        "parametrization": "mup",
+        "output_mult": 2.0 ** args.get("logstd", 0),
+    }
+
+
+def description(args: dict) -> dict:
+    """What they tell besides: of `checkpoint.Description`."""
+    found = {name: args[name] for name in ("image_size",) if isinstance(args.get(name), int)}
+    space = {"space": {"path": args["vae"]}} if args.get("vae") in ("ema", "mse") else {}
+    return {"objective": {"name": "ddpm"}} | space | found
 
 
 def spells(config) -> bool:

@@ -14,10 +14,10 @@ from cli import UsageError
 from conditions import Classes
 from configuration import DiTConfig
 from models import DiT
+from parametrization import PARAMETRIZATIONS
 
 TABLE = "y_embedder.embedding_table.weight"
 ENDS = ("x_embedder", "final_layer")  # the parts whose shapes depend on channels and patches
-TABLE_STD = 0.02  # of a fresh row, as `DiT.init_unit` draws it
 
 
 @dataclass
@@ -47,7 +47,8 @@ class Start:
     def _table(self, table: Tensor, seed: int) -> Tensor:
         """The label table with its rows in their new places; fresh ones are the same on every process."""
         generator = torch.Generator().manual_seed(seed)
-        made = torch.randn(len(self.rows), table.shape[1], generator=generator) * TABLE_STD
+        deviation = PARAMETRIZATIONS[self.weights.config.parametrization].table_deviation
+        made = torch.randn(len(self.rows), table.shape[1], generator=generator) * deviation
         for row, source in enumerate(self.rows):
             if source is not None:
                 made[row] = table[source].float()

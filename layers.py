@@ -20,11 +20,11 @@ from kernels import NORM_EPS, RMS_EPS, SwiGLU
 
 # --------------------------------------------------------------------------------------------------------------- roles
 
-ROLES = ("input", "hidden", "output", "vector", "table", "router", "expert")
+ROLES = ("input", "hidden", "modulation", "output", "vector", "table", "router", "expert")
 
 
 def roles_of(model: nn.Module) -> dict[str, str]:
-    """The role of each parameter, by name: what decides how it is updated.
+    """The role of each parameter, by name: what decides how it is drawn and updated (`parametrization.RULES`).
 
     A module declares those of its own parameters in a dictionary `roles`. Otherwise a matrix is hidden, from width to
     width, and what has one dimension a vector: a bias, or a norm's weight.
@@ -286,6 +286,27 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
+
+
+class Modulation(nn.Sequential):
+    """A condition (N, c) -> (N, count * D): shifts, scales and gates."""
+
+    def __init__(self, width: int, hidden_size: int, count: int):
+        super().__init__(nn.SiLU(), nn.Linear(width, count * hidden_size))
+        self[1].roles = {"weight": "modulation"}
+
+
+class Readout(nn.Linear):
+    """multiplier * (x W^T) + b: the last projection, whose product a parametrization may scale."""
+
+    def __init__(self, in_features: int, out_features: int, multiplier: float = 1.0):
+        super().__init__(in_features, out_features)
+        self.multiplier = multiplier
+        self.roles = {"weight": "output"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.multiplier == 1 else self.weight * self.multiplier
+        return F.linear(x, weight, self.bias)
 
 
 def position_embedding(hidden_size: int, side: int) -> Tensor:

@@ -23,15 +23,16 @@ from layers import (
     MLPS,
     NORMS,
     POSITIONS,
-    AdaptiveRMSNorm,
     Attention,
     LabelEmbedder,
+    Modulation,
     PatchEmbed,
-    QKNorm,
+    Readout,
     TimestepEmbedder,
     position_embedding,
 )
 from moe import MoE, Routing
+from parametrization import PARAMETRIZATIONS, readout_multiplier
 
 
 def build_model(name: str, **options) -> "DiT":
@@ -76,7 +77,7 @@ class DiTBlock(nn.Module):
         else:
             self.mlp = MLPS[config.mlp](width, config.mlp_width)
         self.is_moe = is_moe
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.modulation_width, 6 * width))
+        self.adaLN_modulation = Modulation(config.modulation_width, width, 6)
         self.checkpointing = "none"  # a key of CHECKPOINTING
 
     def forward(self, x: Tensor, c: Tensor, rotation: Tensor | None = None) -> tuple[Tensor, Routing | None]:
@@ -100,9 +101,8 @@ class FinalLayer(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         width = config.hidden_size
-        self.linear = nn.Linear(width, config.patch_size**2 * config.out_channels)
-        self.linear.roles = {"weight": "output"}
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.modulation_width, 2 * width))
+        self.linear = Readout(width, config.patch_size**2 * config.out_channels, readout_multiplier(config))
+        self.adaLN_modulation = Modulation(config.modulation_width, width, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
@@ -191,34 +191,11 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def init_unit(self, unit: list[nn.Module]) -> None:
-        """Xavier-uniform linears; label table and timestep MLP N(0, 0.02); modulations and the final linear zero.
+        """Draw the parameters of a unit as `DiTConfig.parametrization` says.
 
-        Every parameter is written: what a model on the meta device gets before is memory as it was left.
+        Every one is written: what a model on the meta device gets before is memory as it was left.
         """
-        for module in (module for part in unit for module in part.modules()):
-            if isinstance(module, nn.Linear):
-                for projection in module.weight.split(getattr(module, "drawn_apart", len(module.weight))):
-                    nn.init.xavier_uniform_(projection)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, PatchEmbed):
-                nn.init.xavier_uniform_(module.proj.weight.flatten(1))
-                nn.init.zeros_(module.proj.bias)
-            elif isinstance(module, (QKNorm, AdaptiveRMSNorm)):
-                module.reset_parameters()
-        for part in unit:
-            if isinstance(part, LabelEmbedder):
-                nn.init.normal_(part.embedding_table.weight, std=0.02)
-            elif isinstance(part, TimestepEmbedder):
-                nn.init.normal_(part.mlp[0].weight, std=0.02)
-                nn.init.normal_(part.mlp[2].weight, std=0.02)
-            elif isinstance(part, DiTBlock) and part.is_moe:
-                part.moe.init_weights()
-            zero = [part.linear] if isinstance(part, FinalLayer) else []
-            zero += [part.adaLN_modulation[1]] if isinstance(part, (FinalLayer, DiTBlock)) else []
-            for linear in zero:
-                nn.init.zeros_(linear.weight)
-                nn.init.zeros_(linear.bias)
+        PARAMETRIZATIONS[self.config.parametrization].draw(unit)
 
     def set_attention(self, name: str) -> None:
         """Choose how attention is computed, a key of `ATTENTION_BACKENDS`; the result is the same within rounding."""

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from layers import roles_of
+from parametrization import lr_factors
 
 SCHEDULES = ("constant", "cosine", "linear")
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True}  # one kernel for all parameters on CUDA, and on a CPU too
@@ -16,16 +17,16 @@ ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True}  # one kernel for al
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
     """An optimizer's groups, by the roles that layers declare: biases, norms and embedding tables do not decay.
 
-    Each has an `lr_factor`, its own share of the learning rate (`set_lr`). Parameters that are sharded over different
-    meshes stand in different groups: one kernel cannot take both.
+    Each has an `lr_factor`, its own share of the learning rate (`set_lr`), which leaves learning rate times decay the
+    same. Parameters that are sharded over different meshes stand in different groups: one kernel cannot take both.
     """
-    groups, roles = {}, roles_of(model)
+    groups, roles, factors = {}, roles_of(model), lr_factors(model)
     for name, p in model.named_parameters():
-        decays = weight_decay > 0 and roles[name] not in ("vector", "table")
-        groups.setdefault((decays, getattr(p, "device_mesh", None)), []).append(p)
+        decay = 0.0 if roles[name] in ("vector", "table") else weight_decay / factors[name]
+        groups.setdefault((factors[name], decay, getattr(p, "device_mesh", None)), []).append(p)
     return [
-        {"params": params, "lr": lr, "lr_factor": 1.0, "weight_decay": weight_decay if decays else 0.0}
-        for (decays, _), params in groups.items()
+        {"params": params, "lr": lr * factor, "lr_factor": factor, "weight_decay": decay}
+        for (factor, decay, _), params in groups.items()
     ]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import base_shapes
 import checkpoint
 import distributed
 import evaluation
@@ -22,10 +23,31 @@ import finetune
 import machine
 import objectives
 import profiling
-from autoencoders import load_space, space_info, vae_below
-from cli import Need, Parser, UsageError, boolean, check_needs, natural_int, number_in, only, positive_int, values
+from autoencoders import add_root_arguments, load_space, space_info, vae_below
+from cli import (
+    Need,
+    Parser,
+    UsageError,
+    boolean,
+    check_needs,
+    natural_int,
+    number_in,
+    only,
+    positive_int,
+    power_of_two,
+    said,
+    values,
+)
 from conditions import Classes
-from configuration import MODEL_FLAGS, UNSEEN, DiTConfig, add_model_arguments, build_config, row_name
+from configuration import (
+    MODEL_FLAGS,
+    DiTConfig,
+    add_model_arguments,
+    build_config,
+    config_said,
+    fields_said,
+    name_of,
+)
 from data import AS_BEFORE, BatchSchedule, ImageData, Reading, require_folder
 from families import DiT_models, family_of_row
 from files import digest, write_json
@@ -34,6 +56,7 @@ from layers import check_attention
 from models import CHECKPOINTING, DiT
 from objectives import add_objective_arguments, choose_objective, spell_out
 from optim import SCHEDULES
+from parametrization import PARAMETRIZATIONS
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -54,7 +77,7 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument("--data-path", type=Path, help="folder with one folder of images per class")
     group.add_argument("--feature-path", type=Path, help="extracted latents (or fast-DiT's), in place of --data-path")
     group.add_argument("--vae-path", "--vae", default="mse", help="autoencoder: folder, hub name, mse, ema, or none")
-    group.add_argument("--local-diffusers-model-root", metavar="DIR", help="mse and ema are below this folder")
+    add_root_arguments(group)
     group.add_argument("--image-size", type=positive_int, default=256, help="side of the images, in pixels")
     group.add_argument("--background", default=Reading.background, help="colour under transparency: white, #rrggbb")
     group.add_argument("--num-workers", type=natural_int, default=4, help="processes that load data; 0: none")
@@ -74,7 +97,10 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument(
         "--micro-batch-size", type=positive_int, help="images of one on one GPU, in place of --accum_iter"
     )
-    group.add_argument("--lr", type=number_in(0, 1e3), default=1e-4, help="learning rate of AdamW")
+    group.add_argument(
+        "--lr", type=number_in(0, 1e3), default=1e-4, help="learning rate of AdamW (of muP: 2^-10, as published)"
+    )
+    group.add_argument("--loglr", dest="lr", type=power_of_two, default=argparse.SUPPRESS, help="--lr 2^N")
     group.add_argument(
         "--lr-schedule", choices=SCHEDULES, default="constant", help="after the warmup, until the last step"
     )
@@ -85,7 +111,7 @@ def add_training_arguments(parser: Parser) -> None:
         *("--weight-decay", "--wd"),
         type=number_in(0, 1e3),
         default=0.0,
-        help="of matrices; biases, norms and tables do not decay",
+        help="of matrices; biases, norms and tables do not decay. Under muP lr x decay is the same for all",
     )
     group.add_argument(
         "--grad-clip",
@@ -172,6 +198,11 @@ NEEDS = (  # besides those of objectives.py
         lambda args: args.num_experts > 0,
         "--num_experts N (a dense DiT has no experts)",
     ),
+    Need(
+        ("base_width", "output_mult", "load_base_shapes"),
+        lambda args: args.parametrization == "mup",
+        "--mup (the standard parametrization has no base)",
+    ),
     Need(("keep_every",), lambda args: args.keep_last > 0, "--keep-last K (all checkpoints are kept)"),
     Need(
         ("metrics_samples", "metrics_ref", "metrics_weights"), lambda args: args.metrics_every > 0, "--metrics-every N"
@@ -190,6 +221,7 @@ NEEDS = (  # besides those of objectives.py
 RUN_CONTROL = {
     *("image_size", "background"),  # the model's input size and the data's fingerprint tell
     *("data_path", "feature_path", "vae_path", "num_workers", "epochs", "max_steps", "device", "local_rank", "timeout"),
+    *("dim_heads", "load_base_shapes", "root"),  # the model says the first two
     *("local_diffusers_model_root", "micro_batch_size", "master_port", "no_auto_resume", "model_parallel_size"),
     *("grad_precision", "attention", "compile", "activation_checkpointing", "deterministic", "pretraining_tp"),
     *("data_parallel", "expert_parallel", "start_timeout"),
@@ -199,7 +231,7 @@ RUN_CONTROL = {
 }
 
 # Flags that may differ among the processes: each machine may have its own copy of the data.
-OF_A_MACHINE = {"data_path", "feature_path", "vae_path", "num_workers", "local_rank", "results_dir"}
+OF_A_MACHINE = {"data_path", "feature_path", "vae_path", "root", "num_workers", "local_rank", "results_dir"}
 
 # ------------------------------------------------------------------------------------------------------------------ run
 
@@ -355,7 +387,7 @@ def _choose(args, processes: distributed.Processes) -> Choices:
     if args.data_path is not None:
         require_folder(args.data_path, "data path")
     args.accum_iter = choose_accumulation(args, processes.world_size)
-    args.vae_path = vae_below(args.local_diffusers_model_root, args.vae_path)
+    args.vae_path = vae_below(args, args.vae_path)
     if args.model in DiT_models:
         for name, value in family_of_row(args.model).TRAINING.items():
             if name not in args.given:
@@ -368,15 +400,17 @@ def _choose(args, processes: distributed.Processes) -> Choices:
         raise UsageError("--wandb needs the package: pip install wandb")
     weights, found = None, {}
     if args.init_from is not None:
-        known = {name: getattr(args, name, None) for name in UNSEEN}
-        weights = checkpoint.load_weights(args.init_from, **{k: v for k, v in known.items() if v is not None})
+        weights = checkpoint.load_weights(args.init_from, **base_shapes.known(args))
         found = weights.objective
         if "vae_path" not in args.given and weights.record is not None:
             args.vae_path = weights.record.get("space", {}).get("path") or args.vae_path
-    model = choose_model(args, weights)  # a wrong one is said before the data is looked through
+    # A wrong model is said before the data is looked through.
+    model = base_shapes.fitted(choose_model(args, weights), args, None if weights is None else weights.source)
     for name in MODEL_FLAGS.keys() - {"num_classes"}:
         setattr(args, name, getattr(model, name))
-    args.model = args.model or row_name(model) or "DiT"
+    args.model = name_of(model, args.model)
+    if "lr" not in args.given:
+        args.lr = PARAMETRIZATIONS[model.parametrization].lr
     if args.compile:
         machine.check_compile(model, machine.PRECISIONS[args.precision])
     objective = choose_objective(args, found)
@@ -458,11 +492,10 @@ def choose_model(args, weights: checkpoint.Weights | None) -> DiTConfig:
 
     The number of classes, label dropout and image size may be others, and with `--fresh-parts` the patches.
     """
-    given = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
     if weights is None:
-        # Any size that every patch divides: the true one is not known before the data.
-        return build_config(args.model or "DiT-S/2", input_size=64, **given)
+        return config_said(args)
     config = weights.config
+    given = fields_said(args, like=config)
     free = {"num_classes": given.pop("num_classes", config.num_classes)}
     free["class_dropout_prob"] = given.pop("class_dropout_prob", config.class_dropout_prob)
     if args.model is not None:
@@ -475,7 +508,7 @@ def choose_model(args, weights: checkpoint.Weights | None) -> DiTConfig:
         else:
             same = value == getattr(config, name)
         if not same:
-            flag = f"{args.given[name]} {value}" if name in args.given else args.model
+            flag = said(args, name, value) if name in args.given else args.model
             looks = checkpoint.describe(config)
             raise UsageError(f"{flag} contradicts {args.init_from}, which has {name} {getattr(config, name)} ({looks})")
     dropout = free["class_dropout_prob"]
@@ -542,9 +575,10 @@ def _draws_images(args) -> bool:
 
 
 def run_name(model: str, config: DiTConfig, objective) -> str:
-    """`DiT-S-2-8E2A-rf`, or `DiT-S-2-ddpm` for the dense model."""
+    """`DiT-S-2-8E2A-rf`, `DiT-S-2-ddpm` for the dense model, `DiT-S-2-mup-ddpm` under muP."""
     experts = f"-{config.num_experts}E{config.num_experts_per_tok}A" if config.num_experts else ""
-    return f"{model.replace('/', '-')}{experts}-{objective.name}"
+    mup = "-mup" if config.parametrization == "mup" and "muP" not in model else ""
+    return f"{model.replace('/', '-')}{experts}{mup}-{objective.name}"
 
 
 def flags(args) -> dict:

@@ -10,18 +10,20 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import base_shapes
 import checkpoint
-from autoencoders import SpaceInfo, load_space, space_info, vae_below
+import cli
+from autoencoders import SpaceInfo, add_root_arguments, load_space, space_info, vae_below
 from cli import Need, Parser, RunStopped, UsageError, check_needs, natural_int, number_in, only, positive_int, warn_once
 from conditions import CHOICES, Classes
-from configuration import UNSEEN, DiTConfig, build_config
+from configuration import DIT_MUP, UNSEEN, DiTConfig, add_mup_arguments, build_config, unseen, usual_heads
 from diffusion import classifier_free_guidance
 from families import DiT_models
 from layers import check_attention
@@ -52,7 +54,8 @@ def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
     group.add_argument("--routed-scaling-factor", type=number_in(1e-6, 1e6), help="then multiplied by this")
     add_objective_arguments(parser, group, training=False)
     group.add_argument("--vae-path", "--vae", help="autoencoder: folder, hub name, mse, ema, or none for pixel space")
-    group.add_argument("--local-diffusers-model-root", metavar="DIR", help="mse and ema are below this folder")
+    add_root_arguments(group)
+    add_mup_arguments(group)
     group.add_argument("--vae-scaling-factor", type=number_in(1e-6, 1e6), help="of latents, in place of its own")
     group.add_argument("--vae-shift-factor", type=number_in(-1e6, 1e6), help="of latents, in place of its own")
     group.add_argument("--pretraining_tp", type=int, help="accepted for published commands; has no effect")
@@ -346,12 +349,18 @@ class Loaded:
         """What `--class-labels` asks for; one process says what is odd about it. Raises UsageError."""
         return self.condition.parse(texts, warn_once if _is_first() else lambda line: None)
 
+    def _beside_the_weights(self) -> dict:
+        """What changes the function, where it is not as usual: sets of images of before do not name it."""
+        usual = {field.name: field.default for field in fields(DiTConfig)}
+        return {name: value for name, value in unseen(self.model.config).items() if value != usual[name]}
+
     def record(self, precision: str) -> dict:
         """All that images depend on besides index and label."""
         return asdict(self.settings) | {
             "steps": str(self.settings.steps),
             "model": checkpoint.describe(self.model.config),
             "weights": fingerprint(self.model),
+            **self._beside_the_weights(),
             "objective": self.objective.config(),
             "autoencoder": self.space.config(),
             "precision": precision,
@@ -368,13 +377,16 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
     """
     if args.model is not None:
         build_config(args.model)  # an unknown name is said before gigabytes are read
-    known = {name: getattr(args, name) for name in UNSEEN if getattr(args, name) is not None}
+    row = DiT_models.get(args.model, {})
+    known = {name: row[name] for name in UNSEEN if name in row}
+    known |= base_shapes.known(args) | ({} if args.num_heads is None else {"num_heads": args.num_heads})
     if args.image_size is not None and Path(args.ckpt).is_file():  # for a file without `pos_embed`
         known["input_size"] = args.image_size // space_info(args.vae_path or "mse").downsample
     weights = checkpoint.load_weights(args.ckpt, "ema" if args.use_ema else "model", **known)
     space = _choose_space(args, weights)
     image_size = weights.config.input_size * space.downsample
     _compare_flags(args, weights, image_size)
+    base_shapes.fitted(weights.config, args, weights.source)
     objective = choose_objective(args, weights.objective)
     if weights.record is None:
         _say_what_is_assumed(args, weights, objective)
@@ -405,7 +417,7 @@ def _choose_space(args, weights: checkpoint.Weights) -> SpaceInfo:
     recorded = {} if weights.record is None else weights.record.get("space", {})
     # Three channels are the colours of pixel space; the published networks work on Stable Diffusion's four.
     usual = "none" if weights.config.in_channels == 3 else "mse"
-    vae_path = vae_below(args.local_diffusers_model_root, args.vae_path or recorded.get("path") or usual)
+    vae_path = vae_below(args, args.vae_path or recorded.get("path") or usual)
     space = load_space(vae_path)
     if space.channels != weights.config.in_channels:
         raise UsageError(
@@ -437,28 +449,27 @@ def _is_first() -> bool:
 def _compare_flags(args, weights: checkpoint.Weights, image_size: int) -> None:
     """Flags that describe the network are optional, and must not contradict the file."""
     config = weights.config
-    said = {"image_size": args.image_size, "num_classes": args.num_classes, "num_experts": args.num_experts}
-    is_so = {"image_size": image_size, "num_classes": config.num_classes, "num_experts": config.num_experts}
+    is_so = config.to_dict() | {"image_size": image_size, "dim_heads": config.hidden_size // config.num_heads}
+    names = {"num_classes", "num_experts", "image_size", "dim_heads", *DIT_MUP} - set(UNSEEN)
     if weights.record is not None:
-        said |= {name: getattr(args, name) for name in UNSEEN}
-        is_so |= {name: getattr(config, name) for name in UNSEEN}
+        names |= set(UNSEEN)
         check_against(args, weights.objective, weights.source)
+    elif args.dim_heads is None:  # then --num_heads was taken at its word
+        is_so["num_heads"] = next(iter(usual_heads(config.hidden_size)), config.num_heads)
+    said = {name: getattr(args, name) for name in sorted(names)}
     if args.model is not None:
         for key, value in DiT_models[args.model].items():
             if value != getattr(config, key):
                 said["model"], is_so["model"] = args.model, checkpoint.describe(config)
     if wrong := [name for name, value in said.items() if value is not None and value != is_so[name]]:
         name = wrong[0]
-        flag = args.given[name]
-        raise UsageError(f"{flag} {said[name]} contradicts {weights.source}, which says {is_so[name]}; drop the flag")
+        flag = cli.said(args, name, said[name])
+        raise UsageError(f"{flag} contradicts {weights.source}, which says {is_so[name]}; drop the flag")
 
 
 def _say_what_is_assumed(args, weights: checkpoint.Weights, objective) -> None:
     """One line for a file that does not describe itself: shapes tell neither objective nor weighting of experts."""
-    config = weights.config
-    assumed = [in_words(objective)]
-    if config.num_experts:
-        assumed.append(", ".join(f"{name} {getattr(config, name)}" for name in UNSEEN))
+    assumed = [in_words(objective), ", ".join(f"{name} {value}" for name, value in unseen(weights.config).items())]
     said = [args.given[name] for name in ("rf", *SETTINGS, *UNSEEN) if name in args.given]
     if _is_first():
         by_flags = f" (said: {', '.join(said)})" if said else ""

@@ -469,12 +469,12 @@ class ZeroEngine:
             self.processes.set_timeout(CONVERSION)
             source = self.processes.on_main(lambda: self._reshard(folder))
             self.processes.set_timeout(self.args.start_timeout)
-        decay = [group["weight_decay"] for group in self.zero.param_groups]
+        own = [{name: group[name] for name in ("weight_decay", "lr_factor")} for group in self.zero.param_groups]
         self.engine.load_checkpoint(str(source / STATE), tag=STATE, load_lr_scheduler_states=False)
-        # From a universal checkpoint ZeRO-3 gives all groups the decay of the first, and one step counter that each
-        # group's update would advance.
-        for group, value in zip(self.zero.param_groups, decay, strict=True):
-            group["weight_decay"] = value
+        # From a universal checkpoint ZeRO-3 gives all groups what the first has, and one step counter that each group's
+        # update would advance.
+        for group, values in zip(self.zero.param_groups, own, strict=True):
+            group.update(values)
         for flat, entry in self.zero.optimizer.state.items():
             if "step" in entry:
                 entry["step"] = torch.as_tensor(entry["step"]).to(flat.device, copy=True)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import checkpoint
 import cli
 from cli import UsageError, positive_int
-from configuration import UNSEEN
+from configuration import unseen
 from diffusion import objective_from_config
 from families import family_for, to_published
 from files import replace_json
@@ -73,8 +73,8 @@ def describe(weights: checkpoint.Weights, norms: bool) -> list[str]:
         f"tensors      {len(meta)}, {', '.join(dtypes)}, {gigabytes:.3f} GB",
         f"objective    {objective or 'unknown'} ({origin})",
     ]
-    if record and config.num_experts:
-        lines.append("experts      " + ", ".join(f"{name} {getattr(config, name)}" for name in UNSEEN))
+    if record:
+        lines.append("besides      " + ", ".join(f"{name} {value}" for name, value in unseen(config).items()))
     lines += [f"{key:<12} {record[key]}" for key in ("step", "image_size", "ema_decay", "space") if key in record]
     lines += ["", f"{'part':<26} {'tensors':>7} {'parameters':>15}"]
     parts: dict[str, list[int]] = {}

@@ -23,7 +23,7 @@ import torch
 
 import cli
 from cli import UsageError, number_in, positive_int, unknown_name
-from configuration import DiTConfig, add_model_arguments, build_config
+from configuration import MODEL_FLAGS, DiTConfig, add_model_arguments, build_config, fields_said, row_said
 from expert_parallel import check_expert_parallel
 from models import CHECKPOINTING, DiT, count_parameters
 
@@ -717,7 +717,6 @@ def get_parser() -> cli.Parser:
     positive = number_in(1e-6, 1e6)
 
     group = add_model_arguments(parser)
-    parser.set_defaults(model="DiT-S/2")
     group.add_argument("--image-size", type=positive_int, default=256, help="side of the images, in pixels")
     group.add_argument("--vae-path", "--vae", default="mse", help="none: pixels; all else: latents of an eighth")
 
@@ -750,8 +749,9 @@ def main(args) -> None:
         print(json.dumps(rows, indent=2) if args.json else markdown(rows))
         return
     settings = {name: value for name, value in cli.values(args).items() if value is not None}
-    for name in ("table", "json"):
-        del settings[name]
+    for name in ("table", "json", *MODEL_FLAGS, "dim_heads", "load_base_shapes"):
+        settings.pop(name, None)
+    settings |= {"model": row_said(args)} | fields_said(args, like=build_config(row_said(args)))
     settings["pixels"] = settings.pop("vae_path") == "none"
     made = plan(**settings)
     if args.json:

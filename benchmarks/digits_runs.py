@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion import RectifiedFlow
 from models import DiT
-from optim import EMA, build_optimizer, lr_factor
+from optim import EMA, build_optimizer, lr_factor, set_lr
 from scripts.digits import Digits
 from training import total_loss
 
@@ -40,6 +40,7 @@ def train(
     eval_every: int,
     *,
     objective=FLOW,
+    lr: float = LR,
     alpha: float = ALPHA,
     loss_scale: float | None = None,
     accumulation: int = 1,
@@ -54,7 +55,7 @@ def train(
         draws: see `evaluate`.
     """
     images, labels = tensors(digits)
-    optimizer, ema = build_optimizer(model, LR, weight_decay=0.0), EMA(model, EMA_DECAY)
+    optimizer, ema = build_optimizer(model, lr, weight_decay=0.0), EMA(model, EMA_DECAY)
     scaler = torch.amp.GradScaler("cpu", loss_scale or 1.0, growth_interval=last + 1, enabled=loss_scale is not None)
     seconds, curve = 0.0, [Point(first, 0.0, *evaluate(model, objective, held_out, draws))]
     for step in range(first, last):
@@ -70,8 +71,7 @@ def train(
             output, routings = model(batch.x_t, batch.t, parts[3], return_routing=True)
             loss, _, _ = total_loss(objective.loss(output, batch), routings, alpha, None)
             scaler.scale(loss / accumulation).backward()
-        for group in optimizer.param_groups:
-            group["lr"] = LR * lr_factor(step - first, "constant", WARMUP, last - first)
+        set_lr(optimizer.param_groups, lr * lr_factor(step - first, "constant", WARMUP, last - first))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
