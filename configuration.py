@@ -377,7 +377,7 @@ def _add_flag(group, name: str) -> None:
 
 def _add_published_flags(group) -> None:
     """Those of DiT-muP that say the same in other words."""
-    options = {"type": mup_or_not, "nargs": "?", "const": "mup", "metavar": "BOOL"}
+    options = {"type": mup_or_not, "nargs": "?", "const": "True", "metavar": "BOOL"}
     group.add_argument("--mup", dest="parametrization", help="--parametrization mup", **options)
     group.add_argument("--dim_heads", type=positive_int, help="size of a head (default: the row's)")
     group.add_argument("--logstd", dest="output_mult", type=power_of_two, help="--output-mult 2^N")
@@ -395,21 +395,21 @@ def fields_said(args: argparse.Namespace, like: DiTConfig) -> dict:
     return fields
 
 
-def row_said(args: argparse.Namespace) -> str:
+def row_said(args: argparse.Namespace, usual: str = "DiT-S/2") -> str:
     """`--model`, or what stands for it: DiT-muP's sizes where its flags speak of heads."""
     if args.model is not None:
         return args.model
     dit_mup = (args.num_heads, args.dim_heads, args.load_base_shapes)
-    return "DiT-S/2" if all(flag is None for flag in dit_mup) else "DiT-muP-16h/2"
+    return usual if all(flag is None for flag in dit_mup) else "DiT-muP-16h/2"
 
 
-def config_said(args: argparse.Namespace) -> DiTConfig:
+def config_said(args: argparse.Namespace, usual: str = "DiT-S/2") -> DiTConfig:
     """The model that the flags of `add_model_arguments` say, for some images that its patches divide.
 
     Raises:
         UsageError: they do not fit together.
     """
-    name = row_said(args)
+    name = row_said(args, usual)
     row = build_config(name)
     fields = fields_said(args, row)
     if args.model is None:

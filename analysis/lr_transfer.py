@@ -131,7 +131,7 @@ def run_all(folder: Path, trials: list[Trial], processes: int) -> dict[Trial, fl
             losses[trial] = loss
             bar.update()
     else:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
             for trial, loss in pool.map(run, jobs):
                 losses[trial] = loss
                 bar.update()

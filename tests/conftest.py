@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors import safe_open
 
 ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 torch.set_num_threads(1)
 # The first backward decides for good which devices have threads, with which a process cannot fork. Later it may come
 # under FakeTensorMode, which feigns a GPU.
@@ -37,7 +38,7 @@ class Golden:
     """One file of reference numbers: `golden["in.x"]`, `golden.part("model.")`."""
 
     def __init__(self, name: str):
-        with safe_open(ROOT / "tests" / "golden" / f"{name}.safetensors", "pt") as file:
+        with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             self.metadata = file.metadata()
 

@@ -103,7 +103,7 @@ def assert_same_curve(one: Path, other: Path, rel: float = 1e-5) -> None:
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * rel)
 
 
-def assert_close_weights(one: Path, other: Path, step: int, atol: float = 2e-6) -> None:
+def assert_close_weights(one: Path, other: Path, step: int, atol: float = 2e-5) -> None:
     for stem in ("model", "ema"):
         a, b = tensors(one, stem, step), tensors(other, stem, step)
         assert a.keys() == b.keys()
@@ -128,7 +128,7 @@ def test_every_stage_follows_ddp_and_resumes(images):
 
     Then 2 and 3 resume from step 2 of 4: to the bit on as many processes, on another number within rounding.
     """
-    flags = [*HARD, "--precision", "fp32", "--max-steps", 4]
+    flags = [*HARD, "--precision", "fp32", "--max-steps", 4, "--mup", "--base-width", 16]
     more = {stage: ["--ckpt-every", 2] for stage in (1, 2, 3, "3_offload")}
     more[2] = more[3] = ["--ckpt-every", 2, "--sample-every", 4]
     ddp = go(images, *flags, *more[2], module=train, results="ddp")

@@ -146,6 +146,7 @@ def test_one_curve_at_any_number(images):
     """
     flags = [*TINY, "--data-path", images, "--global-batch-size", 8, "--log-every", 1, "--ckpt-every", 2]
     flags += ["--aux-loss-alpha", "0.1", "--accum_iter", 2, "--grad-clip", 1, "--weight-decay", "0.1"]
+    flags += ["--mup", "--base-width", 16]
 
     def go(results: str, processes: int, steps: int, *more) -> Path:
         results_dir = images.parent / results

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Golden
+from conftest import GOLDEN, Golden
 
 from base_shapes import base_shapes, read_base_width, write_base_shapes
 from cli import UsageError
@@ -16,7 +16,6 @@ from models import DiT
 from optim import build_optimizer, parameter_groups, set_lr
 from parametrization import lr_factors, readout_multiplier
 
-GOLDEN = ROOT / "tests" / "golden"
 WIDTHS = json.loads((GOLDEN / "mup.json").read_text())
 TRAINING = json.loads((GOLDEN / "dit_mup_training.json").read_text())["runs"]
 

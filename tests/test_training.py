@@ -207,6 +207,7 @@ def test_sharded_and_elastic(images):
     """
     flags = [*TINY, "--data-path", images, "--global-batch-size", 8, "--log-every", 1, "--ckpt-every", 7]
     flags += ["--aux-loss-alpha", "0.1", "--accum_iter", 2, "--grad-clip", 1, "--weight-decay", "0.1"]
+    flags += ["--mup", "--base-width", 16]
 
     def go(results: str, kind: str, processes: int, steps: int, *more) -> Path:
         results_dir = images.parent / results
