@@ -189,6 +189,7 @@ def add_training_arguments(parser: Parser) -> None:
     parser.add_switch(group, "--wandb", False, "log to Weights & Biases too (pip install wandb)")
 
 
+WIDE_BASE = "muP with a base width of {}, more than the model's {}: matrices learn faster than --lr says"
 NEEDS = (  # besides those of objectives.py
     Need(
         (
@@ -305,7 +306,8 @@ def prepare(args, processes: distributed.Processes) -> Run:
         {f"--{name.replace('_', '-')}": value for name, value in flags(args).items() if name not in OF_A_MACHINE}
         | {f"the version of {name}": version for name, version in versions().items()}
     )
-    choices = processes.together(lambda: _choose(args, processes))
+    kept = processes.on_main(lambda: _kept_parametrization(args))
+    choices = processes.together(lambda: _choose(argparse.Namespace(**vars(args) | kept), processes))
     resumed = processes.on_main(lambda: find_resume(choices))
     run = processes.together(lambda: _look_at_data(choices, resumed, processes))
     processes.agree(_facts(run, resumed))
@@ -365,6 +367,16 @@ def _facts(run: Run, resumed: "Resumed | None") -> dict:
     return facts
 
 
+def _kept_parametrization(args) -> dict:
+    """Of a checkpoint that `--resume` names, where no flag says another one."""
+    names = ("parametrization", "base_width", "output_mult")
+    if args.resume in (None, "auto") or any(name in args.given for name in (*names, "load_base_shapes")):
+        return {}
+    found, _ = _checkpoint_at(Path(args.resume))
+    recorded = checkpoint.read_config(found)["model"] if (found / "config.json").is_file() else {}
+    return {name: recorded[name] for name in names if recorded.get("parametrization") == "mup"}
+
+
 @dataclass
 class Choices:
     """What flags, and the file of `--init-from`, say before the data is looked at."""
@@ -380,7 +392,6 @@ class Choices:
 
 
 def _choose(args, processes: distributed.Processes) -> Choices:
-    args = argparse.Namespace(**vars(args))
     args.precision = choose_precision(args.precision, processes.device)
     if (args.data_path is None) == (args.feature_path is None):
         raise UsageError("give either --data-path (a folder of images per class) or --feature-path (latents)")
@@ -483,7 +494,15 @@ def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distri
         record=record,
         condition=classes,
         start=start,
-        notes=data.notes + ([] if start is None else [*start.in_words(), *differences(choices.weights, record)]),
+        notes=[
+            *data.notes,
+            *([] if start is None else [*start.in_words(), *differences(choices.weights, record)]),
+            *(
+                [WIDE_BASE.format(config.base_width, config.hidden_size)]
+                if config.base_width > config.hidden_size
+                else []
+            ),
+        ],
     )
 
 

@@ -33,6 +33,7 @@ from diffusion import objective_from_config
 from layers import SwiGLUMLP
 from models import DiT, DiTBlock, count_parameters
 from moe import Experts, GELUExperts, SwiGLUExperts
+from parametrization import PARAMETRIZATIONS
 
 ROUTER_STD = 0.02  # as in sparse upcycling
 ROUTINGS = ("normalize", "scale")
@@ -100,7 +101,9 @@ def get_parser() -> cli.Parser:
         "--routing", choices=ROUTINGS, default=Recipe.routing, help="why weights sum to one: divided, or a zero router"
     )
     group.add_argument(
-        "--router-init-std", type=number_in(0, 1e3), help=f"of normal weights (default: {ROUTER_STD}; scale: 0)"
+        "--router-init-std",
+        type=number_in(0, 1e3),
+        help=f"of normal weights (default: {ROUTER_STD}, of muP 1/D; scale: 0)",
     )
     group.add_argument(
         "--split", type=positive_int, default=Recipe.split, metavar="G", help="narrower experts: G slices of the MLP"
@@ -289,8 +292,8 @@ def upcycle(source: DiT, recipe: Recipe, generator: torch.Generator) -> DiT:
         moe = model.blocks[index].moe.to_empty(device="cpu")
         # The router of a one-expert source is drawn anew too: it never had a gradient.
         rows = torch.zeros(recipe.num_experts // recipe.split, config.hidden_size)  # (R, D)
-        if recipe.router_std:
-            rows.normal_(std=recipe.router_std, generator=generator)
+        if std := router_deviation(recipe, config):
+            rows.normal_(std=std, generator=generator)
         moe.gate.weight.copy_(rows.repeat_interleave(recipe.split, dim=0))
         replicate(mlp_of(source.blocks[index]), moe.experts)
         if recipe.shared_expert:
@@ -303,6 +306,14 @@ def upcycle(source: DiT, recipe: Recipe, generator: torch.Generator) -> DiT:
     model.load_state_dict(kept, strict=False, assign=True)
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
     return model.eval().requires_grad_(False)
+
+
+def router_deviation(recipe: Recipe, config: DiTConfig) -> float:
+    """Of the fresh router's weights: where no flag says so, muP's own rule, since the router has to learn by it."""
+    rules = PARAMETRIZATIONS[config.parametrization].rules
+    if rules is None or recipe.router_init_std is not None or not recipe.router_std:
+        return recipe.router_std
+    return rules["router"].deviation(config.hidden_size)
 
 
 def mlp_of(block: DiTBlock) -> Experts:

@@ -69,7 +69,21 @@ def test_a_readout_without_its_multiplier_is_noticed(monkeypatch):
 
 
 def test_standard_is_beside_it_and_is_not_good(tmp_path):
-    flags = ["--num_experts", "4", "--depth", "1", "--mup", *TINY, "--widths", 64, 128, "--tolerance", 1, "--output", tmp_path]
+    flags = [
+        "--num_experts",
+        "4",
+        "--depth",
+        "1",
+        "--mup",
+        *TINY,
+        "--widths",
+        64,
+        128,
+        "--tolerance",
+        1,
+        "--output",
+        tmp_path,
+    ]
     result = script("analysis/coordinates.py", *flags)
     assert "slopes over widths [64, 128]" in result.stdout
     assert (tmp_path / "coordinates.png").stat().st_size > 10_000
