@@ -39,7 +39,7 @@ is_flow() {
   esac
 }
 
-# Train with the hyper-parameters of the paper: batch 1024, AdamW at 1e-4, no weight decay, EMA 0.9999, flips.
+# Train with the hyper-parameters of the paper: batch 1024, AdamW at 1e-4 (its default), no weight decay, EMA 0.9999, flips.
 # The same command again goes on from the newest checkpoint.
 #   train ENGINE flags...    with the engine that suits the size
 train() {
@@ -57,5 +57,5 @@ train() {
     --data-path "$DATA_PATH" ${VAE_PATH:+--vae-path "$VAE_PATH"} --image-size 256 --num-classes 1000 \
     --results-dir "${RESULTS_DIR:-$root/results/${size#train_}-$objective}" --resume auto \
     --rf "$rf" --global-batch-size "${GLOBAL_BATCH_SIZE:-1024}" \
-    --lr 1e-4 --lr-schedule constant --weight-decay 0 --ema-decay 0.9999 "$@"
+    --lr-schedule constant --weight-decay 0 --ema-decay 0.9999 "$@"
 }

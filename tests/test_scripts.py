@@ -30,6 +30,7 @@ RECIPES = {  # script: model, experts, engine, recomputes activations
 }
 
 
+DIT_MUP = "train_DiT_muP.sh"
 LARGE_DIT = {"train_Large_DiT_600M.sh": "ddp", "train_Large_DiT_3B.sh": "fsdp", "train_Large_DiT_7B.sh": "fsdp"}
 
 
@@ -81,11 +82,12 @@ def torchrun(tmp_path):
         assert result.returncode == 0, result.stderr
         return note.read_text().splitlines()
 
+    call.path = path
     return call
 
 
 def test_every_published_size_has_a_script():
-    assert {path.name for path in (ROOT / "scripts").glob("train_*.sh")} == {*RECIPES, *LARGE_DIT}
+    assert {path.name for path in (ROOT / "scripts").glob("train_*.sh")} == {*RECIPES, *LARGE_DIT, DIT_MUP}
 
 
 @pytest.mark.parametrize("script", LARGE_DIT)
@@ -100,6 +102,30 @@ def test_training_large_dit(script, torchrun):
     }
     assert expected.items() <= flags(command).items()
     assert flags(torchrun(script, DATA_PATH="/images", OBJECTIVE="rf", VAE_PATH="/vae"))["--vae-path"] == "/vae"
+
+
+def test_training_dit_mup(torchrun, tmp_path):
+    command = torchrun(DIT_MUP, "target", "--num_experts", "8", DATA_PATH="/images")
+    accepted_by(train, command)
+    expected = {"--num_heads": "16", "--loglr": "-10", "--epochs": "480", "--mup": "", "--global-batch-size": "256"}
+    results = str(ROOT / "results" / "DiT_muP-ddpm" / "h16-loglr-10")
+    assert (expected | {"--num_experts": "8", "--results-dir": results, "--rf": "False"}).items() <= flags(
+        command
+    ).items()
+
+    variables = {"DATA_PATH": "/images", "HEADS": "2 4", "LOGLRS": "-11 -9", "RESULTS_DIR": str(tmp_path / "runs")}
+    command = torchrun(DIT_MUP, "search", **variables)
+    accepted_by(train, command)
+    last = {"--num_heads": "4", "--loglr": "-9", "--epochs": "40", "--results-dir": f"{tmp_path}/runs/h4-loglr-9"}
+    assert last.items() <= flags(command).items()
+    for name, loss in (("h2-loglr-11", "0.2"), ("h4-loglr-9", "0.1")):
+        (tmp_path / "runs" / name / "000-x").mkdir(parents=True)
+        (tmp_path / "runs" / name / "000-x" / "log.txt").write_text(
+            f"step 1/9  loss 0.5\nstep 9/9  loss {loss}  more\n"
+        )
+    said = bash(ROOT / "scripts" / DIT_MUP, "search", cwd=tmp_path, PATH=torchrun.path, **variables).stdout
+    assert "h2-loglr-11 step 9/9  loss 0.2\nh4-loglr-9 step 9/9  loss 0.1\n" in said
+    assert bash(ROOT / "scripts" / DIT_MUP, "sweep", DATA_PATH="/images").returncode == 2
 
 
 @pytest.mark.parametrize("script", [*RECIPES, *LARGE_DIT])
