@@ -11,14 +11,17 @@ from pathlib import Path
 import torch
 import yaml
 
+import dit
 from cli import UsageError
 from configuration import UNSEEN, DiTConfig
+from families import family_for, to_published
 from models import DiT
+from parametrization import is_mup
 from records import BadRecord, check_record
 
 Shapes = dict[str, list[int | None]]
 COMMENT = "# base shapes: null is a dimension that stays, a number one that grows with the width, at the base width\n"
-WIDTH = "x_embedder.proj.bias"  # has no dimension but the width
+WIDTH = ("x_embedder.proj.bias", "x_embedder.bias")  # have no dimension but the width
 
 
 def base_shapes(config: DiTConfig, width: int) -> Shapes:
@@ -69,7 +72,7 @@ def fitted(config: DiTConfig, args: argparse.Namespace, source: Path | None = No
     path = args.load_base_shapes
     if path is None:
         return config
-    if config.parametrization == "standard":
+    if not is_mup(config):
         raise UsageError(f"--load_base_shapes {path} does nothing without --mup: drop it, or add that")
     width = read_base_width(path, config)
     if args.base_width not in (None, width):
@@ -104,15 +107,20 @@ def _read(path: Path) -> Shapes:
 
 
 def _width_in(shapes: Shapes, path: Path) -> int:
-    width = next(iter(shapes.get(WIDTH, ())), None)
+    width = next((shapes[name][0] for name in WIDTH if shapes.get(name)), None)
     if width is None:
-        raise UsageError(f"{path} does not fit the model: no width for {WIDTH}")
+        raise UsageError(f"{path} does not fit the model: no width for {WIDTH[0]}")
     return width
 
 
 def _shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Under the published names; the table of positions is a parameter of DiT-muP, a buffer of others."""
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in DiT(config).state_dict().items()}
+        model = DiT(config)
+    tensors = dict(model.named_parameters())
+    if family_for(config) is dit and model.pos_embed is not None:
+        tensors["pos_embed"] = model.pos_embed
+    return {name: tuple(tensor.shape) for name, tensor in to_published(tensors, config=config).items()}
 
 
 def _in_words(shape: list | None) -> str:

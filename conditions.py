@@ -11,6 +11,7 @@ and evaluations call the verbs of a kind, and know no more of it.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -108,6 +109,66 @@ class Classes:
     def untrained(self, labels: Sequence[int]) -> list[int]:
         """Those of `labels` that the training data did not have, each once."""
         return sorted({label for label in labels if label not in self.trained})
+
+
+class Prompts(NamedTuple):
+    """A batch of captions as the network takes it; (features, mask) alone will do."""
+
+    features: Tensor  # (N, L, C) of the tokens of each text
+    mask: Tensor  # (N, L) bool, which there are
+    null: Tensor | None = None  # (N,) bool, whose features the network replaces by those of its null caption
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Texts; `encode` makes features of them, and a batch is a `Prompts`.
+
+    As published, the null caption is as long as the caption whose place it takes.
+    """
+
+    width: int  # C
+    length: int  # tokens of a text, at most
+    dropout: float = 0.0
+    encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]] | None = None  # -> (N, L, C), (N, L) bool
+    known: tuple[str, ...] = ()  # some texts of the training data, for what draws without being asked
+
+    # ------------------------------------------------------------------------------------------------- of the network
+
+    @property
+    def null(self) -> bool | None:
+        """Whether there is a null caption: True, or None."""
+        return True if self.dropout > 0 else None
+
+    def drop(self, batch: Prompts, u: Tensor) -> Prompts:
+        return batch._replace(null=u < self.dropout)
+
+    def batch(self, requests: Sequence[str], device: torch.device) -> Prompts:
+        if self.encode is None:
+            raise UsageError("this model is of texts, and no text encoder is given: --text-encoder")
+        features, mask = self.encode(requests)
+        return Prompts(features.to(device), mask.to(device), torch.zeros(len(mask), dtype=torch.bool, device=device))
+
+    def null_of(self, batch: Prompts) -> Prompts | None:
+        return None if self.null is None else batch._replace(null=torch.ones_like(batch.null))
+
+    # ------------------------------------------------------------------------------------------------------ of requests
+
+    def check(self, requests: Sequence[str]) -> None:
+        """Raises UsageError for what is no text."""
+        if wrong := [request for request in requests if not isinstance(request, str)]:
+            raise UsageError(f"this model is of texts, not of classes: a prompt is expected, got {wrong[0]!r}")
+
+    def requests(self, count: int, seed: int, how: str = "random") -> list[str]:
+        """As many of the texts that are known, in turn."""
+        if not self.known:
+            raise UsageError("this model is of texts: give prompts")
+        return [self.known[index % len(self.known)] for index in range(count)]
+
+    def spread(self, count: int) -> list[str]:
+        return self.requests(count, 0)
+
+    def name(self, request: str) -> str:
+        return request
 
 
 def random_labels(classes: Classes, count: int, seed: int) -> list[int]:

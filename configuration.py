@@ -15,11 +15,11 @@ from typing import NotRequired, get_type_hints
 from typing_extensions import TypedDict
 
 from cli import Parser, UsageError, boolean, natural_int, number_in, positive_int, power_of_two, unknown_name
-from conditions import Classes
+from conditions import Captions, Classes
 from families import DiT_models, family_of_row
-from layers import MLPS, MOST_POSITIONS, NORMS, POSITIONS, QK_NORMS
+from layers import MLPS, MODULATIONS, MOST_POSITIONS, NORMS, POSITIONS, QK_NORMS
 from moe import EXPERTS, ExpertsConfig
-from parametrization import PARAMETRIZATIONS
+from parametrization import PARAMETRIZATIONS, is_mup
 from records import check_record
 
 # ------------------------------------------------------------------------------------------------------- configuration
@@ -42,11 +42,14 @@ LIMITS = {  # what a configuration may ask for, so that a broken file builds no 
     "condition_width": (0, 2**16),  # 0: the hidden size
     "mlp_multiple": (1, 2**16),
     "base_width": (0, 2**16),
+    "caption_width": (0, 2**16),
+    "caption_length": (0, 2**14),
     "output_mult": (2.0**-30, 2.0**30),
 }
 CHOICES = {
     **{"norm": NORMS, "positions": POSITIONS, "mlp": MLPS, "qk_norm": QK_NORMS, "expert_mlp": EXPERTS},
     "parametrization": PARAMETRIZATIONS,
+    "modulation": MODULATIONS,
 }
 
 
@@ -63,6 +66,9 @@ class DiTConfig:
     num_classes: int = 1000
     class_dropout_prob: float = 0.1  # share of labels replaced by the null class; 0: the model has no null class
     condition_width: int = 0  # of time and class, which modulate the blocks; 0: D
+    caption_width: int = 0  # of the features of a text's tokens; 0: the network is conditioned on classes
+    caption_length: int = 0  # tokens of a text, at most
+    modulation: str = "block"  # how time and class modulate the blocks: a key of layers.MODULATIONS
     norm: str = "layer"  # before attention and MLP: a key of layers.NORMS
     positions: str = "sincos"  # a key of layers.POSITIONS
     num_kv_heads: int = 0  # heads of keys and values; 0: as many as of queries
@@ -114,6 +120,10 @@ class DiTConfig:
                 f"rope has {MOST_POSITIONS} positions, an input of {self.input_size}x{self.input_size} in patches of "
                 f"{self.patch_size} has {(self.input_size // self.patch_size) ** 2}; use smaller images, or rope2d"
             )
+        if (self.caption_width > 0) != (self.caption_length > 0):
+            raise UsageError(f"caption_width {self.caption_width} and caption_length {self.caption_length} go together")
+        if self.modulation == "single" and not self.caption_width:
+            raise UsageError("modulation single shares what depends on time alone: a network of classes needs block")
         if not 0 <= self.class_dropout_prob < 1:
             raise UsageError(f"class_dropout_prob must lie in [0, 1), got {self.class_dropout_prob}")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
@@ -125,12 +135,12 @@ class DiTConfig:
             raise UsageError(
                 f"expert width {self.expert_ratio} x {self.hidden_size} = {self.expert_width} must be a multiple of 8"
             )
-        if self.parametrization == "standard" and (self.base_width, self.output_mult) != (0, 1.0):
+        if not is_mup(self) and (self.base_width, self.output_mult) != (0, 1.0):
             said = next(
                 name for name, usual in (("base_width", 0), ("output_mult", 1.0)) if getattr(self, name) != usual
             )
             raise UsageError(f"{said} {getattr(self, said)} does nothing under the standard parametrization; use mup")
-        if self.parametrization != "standard":
+        if is_mup(self):
             if not self.base_width:
                 object.__setattr__(self, "base_width", usual_base_width(self))
             if self.base_width != self.hidden_size:
@@ -144,13 +154,15 @@ class DiTConfig:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
-    def condition(self) -> Classes:
+    def condition(self) -> Classes | Captions:
         """What images are of."""
+        if self.caption_width:
+            return Captions(self.caption_width, self.caption_length, self.class_dropout_prob)
         return Classes(self.num_classes, dropout=self.class_dropout_prob)
 
     @property
-    def null_class(self) -> int | None:
-        """The label that means "no class", or None for a model trained without label dropout."""
+    def null_class(self) -> int | bool | None:
+        """The label that means "no class", True for texts, or None for a model trained without dropping them."""
         return self.condition.null
 
     @property
@@ -278,7 +290,10 @@ def build_config(name: str, **options) -> DiTConfig:
     options.setdefault("qk_norm", options.get("num_experts", 0) > 0 and name.startswith(("DiT-XL/", "DiT-G/")))
     if options["qk_norm"] is True:
         options["qk_norm"] = family_of_row(name).QK_NORM
-    values = DiT_models[name] | options
+    row = DiT_models[name]
+    if options.get("parametrization") == "mup" and row.get("parametrization", "").startswith("mup"):
+        options["parametrization"] = row["parametrization"]  # the row's own kind of muP
+    values = row | options
     if values.get("parametrization", "standard") == "standard" and "base_width" not in options:
         values.pop("base_width", None)
     config = DiTConfig(**values)
@@ -429,7 +444,7 @@ UNSEEN = (
 def unseen(config: DiTConfig) -> dict:
     """Those of `UNSEEN` that matter to a model, and what it has of them."""
     names = list(UNSEEN[:3]) if config.num_experts else []
-    names += UNSEEN[3:] if config.parametrization == "mup" else ["parametrization"]
+    names += UNSEEN[3:] if is_mup(config) else ["parametrization"]
     return {name: getattr(config, name) for name in names}
 
 
@@ -448,7 +463,9 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], **known) -> DiTConfig:
     Raises:
         UsageError: these are not the names of a DiT, or the heads are in no table.
     """
-    expected = ["x_embedder.proj.weight", "y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight"]
+    of_texts = "y_embedder.y_proj.fc1.weight" in shapes
+    expected = ["x_embedder.proj.weight", "t_embedder.mlp.0.weight"]
+    expected += ["y_embedder.y_embedding" if of_texts else "y_embedder.embedding_table.weight"]
     expected += ["blocks.0.attn.qkv.weight", "final_layer.linear.weight"]
     if absent := [name for name in expected if name not in shapes]:
         raise UsageError(f"these are not the weights of a DiT: no {absent[0]} among {len(shapes)} names")
@@ -460,10 +477,15 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], **known) -> DiTConfig:
         "patch_size": patch,
         "in_channels": channels,
         "learn_sigma": shapes["final_layer.linear.weight"][0] == 2 * channels * patch**2,
-        "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,
         "norm": "rms" if "blocks.0.norm1.weight" in shapes else "layer",
         "attention_bias": "blocks.0.attn.qkv.bias" in shapes,
     }
+    if of_texts:
+        config["caption_length"], config["caption_width"] = shapes["y_embedder.y_embedding"]
+    else:
+        config["num_classes"] = shapes["y_embedder.embedding_table.weight"][0] - 1
+    if "t_block.1.weight" in shapes:
+        config["modulation"] = "single"
     if config["norm"] == "rms" and "pos_embed" not in shapes:  # that is Large-DiT
         config["positions"] = "rope"
     if (conditioning := shapes["t_embedder.mlp.0.weight"][0]) != width:

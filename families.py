@@ -21,10 +21,11 @@ from torch import Tensor
 
 import dit
 import large_dit
+import pixart
 from names import without_wrappers
 
-FAMILIES = (large_dit, dit)
-DiT_models: dict[str, dict] = dit.ROWS | large_dit.ROWS
+FAMILIES = (large_dit, pixart, dit)
+DiT_models: dict[str, dict] = dit.ROWS | large_dit.ROWS | pixart.ROWS
 
 
 def family_of(names: Iterable[str]):

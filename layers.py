@@ -172,6 +172,25 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))  # (N, T, D)
 
 
+class CrossAttention(nn.Module):
+    """What the tokens (N, T, D) read in a text (N, L, D), of which `mask` (N, L) says what there is."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_linear = nn.Linear(hidden_size, hidden_size)
+        self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)  # rows: [k; v] x heads x d
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (
+            each.unflatten(-1, (self.num_heads, -1)) for each in (self.q_linear(x), *self.kv_linear(text).chunk(2, -1))
+        )
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (N, h, T or L, d)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
 # ----------------------------------------------------------------------------------------------------------- positions
 
 
@@ -212,10 +231,10 @@ POSITIONS = {"sincos": None, "rope": rotary_1d, "rope2d": rotary_2d}  # how a to
 class GELUMLP(nn.Module):
     """The dense DiT's two-layer perceptron with tanh-GELU."""
 
-    def __init__(self, hidden_size: int, width: int):
+    def __init__(self, hidden_size: int, width: int, out_features: int | None = None):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, width)
-        self.fc2 = nn.Linear(width, hidden_size)
+        self.fc2 = nn.Linear(width, out_features or hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -294,6 +313,48 @@ class Modulation(nn.Sequential):
     def __init__(self, width: int, hidden_size: int, count: int):
         super().__init__(nn.SiLU(), nn.Linear(width, count * hidden_size))
         self[1].roles = {"weight": "modulation"}
+
+
+class CaptionEmbedder(nn.Module):
+    """Features of a text's tokens (N, L, C) -> (N, L, D); where `null` (N,) says so, those of a fixed text of noise."""
+
+    def __init__(self, width: int, length: int, hidden_size: int):
+        super().__init__()
+        self.y_proj = GELUMLP(width, hidden_size, hidden_size)
+        self.y_proj.fc1.roles = {"weight": "input"}
+        self.register_buffer("y_embedding", torch.empty(length, width))  # never trained
+
+    def forward(self, features: Tensor, null: Tensor | None) -> Tensor:
+        features = features.to(self.y_proj.fc1.weight.dtype)
+        if null is not None:
+            nothing = self.y_embedding[: features.shape[1]].to(features.dtype)
+            features = torch.where(null[:, None, None], nothing, features)
+        return self.y_proj(features)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.y_embedding, std=self.y_embedding.shape[1] ** -0.5)
+
+
+class SharedModulation(nn.Sequential):
+    """A condition (N, c) -> (N, 6 * D), once for all blocks, which add tables (adaLN-single, arXiv 2310.00426)."""
+
+    def __init__(self, width: int, hidden_size: int):
+        super().__init__(nn.SiLU(), nn.Linear(width, 6 * hidden_size))
+
+
+class TableModulation(nn.Module):
+    """What a block adds to a modulation that all share: (N, count * D), or (N, D) for each -> (N, count * D)."""
+
+    def __init__(self, hidden_size: int, count: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(count, hidden_size))
+        self.roles = {"table": "table"}
+
+    def forward(self, c: Tensor) -> Tensor:
+        return (self.table + c.unflatten(1, (-1, self.table.shape[1]))).flatten(1)
+
+
+MODULATIONS = ("block", "single")  # each block's own, or one for all and a table for each
 
 
 class Readout(nn.Linear):

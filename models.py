@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cli import UsageError, unknown_name
+from conditions import Prompts
 from configuration import DiTConfig, build_config
 from families import from_published
 from kernels import AdaptiveLayerNorm, compute_dtype
@@ -24,10 +25,14 @@ from layers import (
     NORMS,
     POSITIONS,
     Attention,
+    CaptionEmbedder,
+    CrossAttention,
     LabelEmbedder,
     Modulation,
     PatchEmbed,
     Readout,
+    SharedModulation,
+    TableModulation,
     TimestepEmbedder,
     position_embedding,
 )
@@ -64,6 +69,13 @@ CHECKPOINTING = {  # what the backward computes again of a block, as options of 
 }
 
 
+def modulation(config: DiTConfig, count: int) -> nn.Module:
+    """What makes the `count` shifts, scales and gates of a block."""
+    if config.modulation == "single":
+        return TableModulation(config.hidden_size, count)
+    return Modulation(config.modulation_width, config.hidden_size, count)
+
+
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-zero conditioning; its MLP is dense or a mixture of experts."""
 
@@ -77,19 +89,32 @@ class DiTBlock(nn.Module):
         else:
             self.mlp = MLPS[config.mlp](width, config.mlp_width)
         self.is_moe = is_moe
-        self.adaLN_modulation = Modulation(config.modulation_width, width, 6)
+        if config.caption_width:
+            self.cross_attn = CrossAttention(width, config.num_heads)
+        self.reads = config.caption_width > 0
+        self.adaLN_modulation = modulation(config, 6)
         self.checkpointing = "none"  # a key of CHECKPOINTING
 
-    def forward(self, x: Tensor, c: Tensor, rotation: Tensor | None = None) -> tuple[Tensor, Routing | None]:
-        """(N, T, D) tokens, (N, c) condition, (T, d/2, 2) rotary positions or None."""
+    def forward(self, x: Tensor, c: Tensor, *more: Tensor | None) -> tuple[Tensor, Routing | None]:
+        """`compute`, and in the backward again as much of it as `checkpointing` says."""
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self.compute(x, c, rotation)
-        return checkpoint(self.compute, x, c, rotation, use_reentrant=False, **CHECKPOINTING[self.checkpointing])
+            return self.compute(x, c, *more)
+        return checkpoint(self.compute, x, c, *more, use_reentrant=False, **CHECKPOINTING[self.checkpointing])
 
-    def compute(self, x: Tensor, c: Tensor, rotation: Tensor | None = None) -> tuple[Tensor, Routing | None]:
+    def compute(
+        self,
+        x: Tensor,
+        c: Tensor,
+        rotation: Tensor | None = None,
+        text: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """(N, T, D) tokens, (N, c) condition, (T, d/2, 2) rotary positions, a text (N, L, D), its mask (N, L)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
         dtype = compute_dtype(self.attn.qkv.weight)
         x = x + gate_a.unsqueeze(1) * self.attn(self.norm1(x, shift_a, scale_a, dtype), rotation)
+        if self.reads:
+            x = x + self.cross_attn(x, text, mask)
         tokens = self.norm2(x, shift_m, scale_m, dtype)
         out, routing = self.moe(tokens) if self.is_moe else (self.mlp(tokens), None)
         return x + gate_m.unsqueeze(1) * out, routing
@@ -102,7 +127,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.linear = Readout(width, config.patch_size**2 * config.out_channels, readout_multiplier(config))
-        self.adaLN_modulation = Modulation(config.modulation_width, width, 2)
+        self.adaLN_modulation = modulation(config, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
@@ -117,20 +142,26 @@ class DiT(nn.Module):
         self.config = config
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)
         self.t_embedder = TimestepEmbedder(config.modulation_width)
-        self.y_embedder = LabelEmbedder(config.condition.rows, config.modulation_width)
+        if config.caption_width:
+            self.y_embedder = CaptionEmbedder(config.caption_width, config.caption_length, config.hidden_size)
+        else:
+            self.y_embedder = LabelEmbedder(config.condition.rows, config.modulation_width)
+        if config.modulation == "single":
+            self.t_block = SharedModulation(config.modulation_width, config.hidden_size)
         self.register_buffer("pos_embed", self._position_table())
         self.blocks = nn.ModuleList(DiTBlock(config, is_moe=i in config.moe_indices) for i in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.init_weights()
         self.register_load_state_dict_pre_hook(_accept_published_names)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor, return_routing: bool = False):
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | tuple, return_routing: bool = False):
         """One evaluation of the network.
 
         Args:
             x: (N, C, H, W) noised latents.
             t: (N,) network time, in the units the network was trained with (DDPM: 0..999; rectified flow: 0..1).
-            condition: what each image is of, a batch of `config.condition`: labels (N,) int64, its null among them.
+            condition: what each image is of, a batch of `config.condition`: labels (N,) int64, its null among them, or
+                `Prompts` (features (N, L, C), mask (N, L), null (N,) bool or left out).
             return_routing: also return the `Routing` of every MoE layer.
 
         Returns:
@@ -139,10 +170,16 @@ class DiT(nn.Module):
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))  # (N, T, D)
         # From here on fp32 under autocast.
         x = x.to(self.x_embedder.proj.weight.dtype) if self.pos_embed is None else x + self.pos_embed
-        c, rotation = self.t_embedder(t) + self.y_embedder(condition), self._rotation(x.device)  # (N, c)
+        c, rotation, reading = self.t_embedder(t), self._rotation(x.device), ()  # (N, c)
+        if self.config.caption_width:
+            prompts = Prompts(*condition)
+            reading = (self.y_embedder(prompts.features, prompts.null), prompts.mask.bool())
+        else:
+            c = c + self.y_embedder(condition)
+        shared = self.t_block(c) if self.config.modulation == "single" else c
         routings = []
         for block in self.blocks:
-            x, routing = block(x, c, rotation)
+            x, routing = block(x, shared, rotation, *reading)
             if routing is not None:
                 routings.append(routing)
         x = self.unpatchify(self.final_layer(x, c))
@@ -165,6 +202,7 @@ class DiT(nn.Module):
     def units(self) -> list[list[nn.Module]]:
         """The parts that are initialised, and may be sharded, one after another: the model's ends, then each block."""
         ends = [self.x_embedder, self.t_embedder, self.y_embedder, self.final_layer]
+        ends += [self.t_block] if self.config.modulation == "single" else []
         return [ends, *([block] for block in self.blocks)]
 
     def materialize(self, device: torch.device, then: Callable[[list[nn.Module]], None] | None = None) -> None:
@@ -195,7 +233,7 @@ class DiT(nn.Module):
 
         Every one is written: what a model on the meta device gets before is memory as it was left.
         """
-        PARAMETRIZATIONS[self.config.parametrization].draw(unit)
+        PARAMETRIZATIONS[self.config.parametrization].draw(unit, self.config)
 
     def set_attention(self, name: str) -> None:
         """Choose how attention is computed, a key of `ATTENTION_BACKENDS`; the result is the same within rounding."""

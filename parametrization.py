@@ -18,6 +18,7 @@ one. Adam's form of the rules; heads keep their size, so attention keeps its 1/s
 
 For experts of a width proportional to D (arXiv 2508.09752) that leaves each expert, shared ones too, a hidden matrix,
 and the router an output whose multiplier moved into deviation and learning rate, which for Adam is the same function.
+"mup-pixart" draws as PixArt-alpha does, whose modulations are tables N(0, 0.02), and learns by the same rules.
 Weight decay is decoupled: learning rate times decay is the same for all that decays.
 """
 
@@ -27,7 +28,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from layers import AdaptiveRMSNorm, LabelEmbedder, PatchEmbed, QKNorm, TimestepEmbedder, roles_of
+from layers import (
+    AdaptiveRMSNorm,
+    CaptionEmbedder,
+    CrossAttention,
+    LabelEmbedder,
+    PatchEmbed,
+    QKNorm,
+    SharedModulation,
+    TableModulation,
+    TimestepEmbedder,
+    roles_of,
+)
 from moe import MoE
 
 
@@ -53,15 +65,20 @@ RULES = {
 class Parametrization(NamedTuple):
     """A way to draw and to train."""
 
-    draw: Callable[[list[nn.Module]], None]  # every parameter of a unit, on the CPU
+    draw: Callable[[list[nn.Module], object], None]  # every parameter of a unit, on the CPU, for a configuration
     table_deviation: float  # of a label's embedding
     rules: dict[str, Rule] | None = None  # None: all learn alike, whatever their width
     lr: float = 1e-4  # where no flag says so
 
 
+def is_mup(config) -> bool:
+    """Whether widths are compared with a base."""
+    return PARAMETRIZATIONS[config.parametrization].rules is not None
+
+
 def readout_multiplier(config) -> float:
     """What the final projection's product is multiplied by."""
-    if PARAMETRIZATIONS[config.parametrization].rules is None:
+    if not is_mup(config):
         return 1.0
     return config.output_mult * config.base_width / config.hidden_size
 
@@ -88,8 +105,8 @@ def fan_in(parameter: Tensor, role: str) -> int:
 # ------------------------------------------------------------------------------------------------------ initial weights
 
 
-def draw_published(unit: list[nn.Module]) -> None:
-    """Xavier-uniform linears; label table and timestep MLP N(0, 0.02); modulations and the final linear zero."""
+def draw_published(unit: list[nn.Module], config) -> None:
+    """Xavier-uniform linears; embeddings of labels, times, texts N(0, 0.02); modulations and the final linear zero."""
     modules = [module for part in unit for module in part.modules()]
     for module in modules:
         if isinstance(module, nn.Linear):
@@ -100,10 +117,19 @@ def draw_published(unit: list[nn.Module]) -> None:
         elif isinstance(module, PatchEmbed):
             nn.init.xavier_uniform_(module.proj.weight.flatten(1))
             nn.init.zeros_(module.proj.bias)
-        elif isinstance(module, NORMS_WITH_PARAMETERS):
+        elif isinstance(module, (*NORMS_WITH_PARAMETERS, CaptionEmbedder)):
             module.reset_parameters()
+        elif isinstance(module, TableModulation):
+            nn.init.normal_(module.table, std=TABLE_STD)
     for module in modules:
-        if isinstance(module, LabelEmbedder):
+        if isinstance(module, CaptionEmbedder):
+            nn.init.normal_(module.y_proj.fc1.weight, std=TABLE_STD)
+            nn.init.normal_(module.y_proj.fc2.weight, std=TABLE_STD)
+        elif isinstance(module, SharedModulation):
+            nn.init.normal_(module[1].weight, std=TABLE_STD)
+        elif isinstance(module, CrossAttention):
+            nn.init.zeros_(module.proj.weight)
+        elif isinstance(module, LabelEmbedder):
             nn.init.normal_(module.embedding_table.weight, std=TABLE_STD)
         elif isinstance(module, TimestepEmbedder):
             nn.init.normal_(module.mlp[0].weight, std=TABLE_STD)
@@ -114,7 +140,24 @@ def draw_published(unit: list[nn.Module]) -> None:
             nn.init.zeros_(module.weight)
 
 
-def draw_by_role(unit: list[nn.Module]) -> None:
+def draw_pixart(unit: list[nn.Module], config) -> None:
+    """As published for PixArt-alpha, and scaled as its muP does: what `draw_published` draws at the base width."""
+    draw_published(unit, config)
+    widths = (config.hidden_size / config.base_width) ** 0.5
+    for module in (module for part in unit for module in part.modules()):
+        if isinstance(module, PatchEmbed):
+            weight = module.proj.weight
+            bound = (6 / (weight[0].numel() + weight[0, 0].numel() * config.base_width)) ** 0.5
+            nn.init.uniform_(weight, -bound, bound)
+        elif isinstance(module, TimestepEmbedder):
+            module.mlp[2].weight.div_(widths)
+        elif isinstance(module, CaptionEmbedder):
+            module.y_proj.fc2.weight.div_(widths)
+        elif isinstance(module, SharedModulation):
+            module[1].weight.div_(widths)
+
+
+def draw_by_role(unit: list[nn.Module], config) -> None:
     """Normal, with the deviation of each role."""
     for part in unit:
         roles = roles_of(part)
@@ -122,8 +165,10 @@ def draw_by_role(unit: list[nn.Module]) -> None:
             deviation = RULES[roles[name]].deviation(fan_in(parameter, roles[name]))
             nn.init.normal_(parameter, std=deviation) if deviation else nn.init.zeros_(parameter)
         for module in part.modules():
-            if isinstance(module, NORMS_WITH_PARAMETERS):
+            if isinstance(module, (*NORMS_WITH_PARAMETERS, CaptionEmbedder)):
                 module.reset_parameters()
+            elif isinstance(module, CrossAttention):  # reads nothing at first
+                nn.init.zeros_(module.proj.weight)
 
 
 NORMS_WITH_PARAMETERS = (QKNorm, AdaptiveRMSNorm)
@@ -131,4 +176,5 @@ TABLE_STD = 0.02  # as published
 PARAMETRIZATIONS = {
     "standard": Parametrization(draw_published, TABLE_STD),
     "mup": Parametrization(draw_by_role, 1.0, RULES, lr=2.0**-10),
+    "mup-pixart": Parametrization(draw_pixart, TABLE_STD, RULES, lr=2.0**-10),
 }

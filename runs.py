@@ -56,7 +56,7 @@ from layers import check_attention
 from models import CHECKPOINTING, DiT
 from objectives import add_objective_arguments, choose_objective, spell_out
 from optim import SCHEDULES
-from parametrization import PARAMETRIZATIONS
+from parametrization import PARAMETRIZATIONS, is_mup
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -201,7 +201,7 @@ NEEDS = (  # besides those of objectives.py
     ),
     Need(
         ("base_width", "output_mult", "load_base_shapes"),
-        lambda args: args.parametrization == "mup",
+        lambda args: args.parametrization != "standard",
         "--mup (the standard parametrization has no base)",
     ),
     Need(("keep_every",), lambda args: args.keep_last > 0, "--keep-last K (all checkpoints are kept)"),
@@ -374,7 +374,7 @@ def _kept_parametrization(args) -> dict:
         return {}
     found, _ = _checkpoint_at(Path(args.resume))
     recorded = checkpoint.read_config(found)["model"] if (found / "config.json").is_file() else {}
-    return {name: recorded[name] for name in names if recorded.get("parametrization") == "mup"}
+    return {name: recorded[name] for name in names if recorded.get("base_width")}
 
 
 @dataclass
@@ -596,7 +596,7 @@ def _draws_images(args) -> bool:
 def run_name(model: str, config: DiTConfig, objective) -> str:
     """`DiT-S-2-8E2A-rf`, `DiT-S-2-ddpm` for the dense model, `DiT-S-2-mup-ddpm` under muP."""
     experts = f"-{config.num_experts}E{config.num_experts_per_tok}A" if config.num_experts else ""
-    mup = "-mup" if config.parametrization == "mup" and "muP" not in model else ""
+    mup = "-mup" if is_mup(config) and "muP" not in model else ""
     return f"{model.replace('/', '-')}{experts}{mup}-{objective.name}"
 
 

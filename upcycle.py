@@ -33,7 +33,7 @@ from diffusion import objective_from_config
 from layers import SwiGLUMLP
 from models import DiT, DiTBlock, count_parameters
 from moe import Experts, GELUExperts, SwiGLUExperts
-from parametrization import PARAMETRIZATIONS
+from parametrization import RULES, is_mup
 
 ROUTER_STD = 0.02  # as in sparse upcycling
 ROUTINGS = ("normalize", "scale")
@@ -310,10 +310,9 @@ def upcycle(source: DiT, recipe: Recipe, generator: torch.Generator) -> DiT:
 
 def router_deviation(recipe: Recipe, config: DiTConfig) -> float:
     """Of the fresh router's weights: where no flag says so, muP's own rule, since the router has to learn by it."""
-    rules = PARAMETRIZATIONS[config.parametrization].rules
-    if rules is None or recipe.router_init_std is not None or not recipe.router_std:
+    if not is_mup(config) or recipe.router_init_std is not None or not recipe.router_std:
         return recipe.router_std
-    return rules["router"].deviation(config.hidden_size)
+    return RULES["router"].deviation(config.hidden_size)
 
 
 def mlp_of(block: DiTBlock) -> Experts:

@@ -61,7 +61,7 @@ class Trial:
 def get_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m analysis.lr_transfer", description=__doc__.partition("\n")[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="dense, MoE")
-    parser.add_argument("--parametrizations", nargs="+", choices=PARAMETRIZATIONS, default=list(PARAMETRIZATIONS))
+    parser.add_argument("--parametrizations", nargs="+", choices=PARAMETRIZATIONS, default=["standard", "mup"])
     parser.add_argument("--widths", nargs="+", type=cli.positive_int, default=[32, 64, 128], help="the first: base")
     parser.add_argument(
         *("--loglrs", "--loglr"),
