@@ -167,8 +167,6 @@ def draw_by_role(unit: list[nn.Module], config) -> None:
         for module in part.modules():
             if isinstance(module, (*NORMS_WITH_PARAMETERS, CaptionEmbedder)):
                 module.reset_parameters()
-            elif isinstance(module, CrossAttention):  # reads nothing at first
-                nn.init.zeros_(module.proj.weight)
 
 
 NORMS_WITH_PARAMETERS = (QKNorm, AdaptiveRMSNorm)

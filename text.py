@@ -1,0 +1,76 @@
+"""Texts as a network reads them: encoders, each by its library, behind one small interface.
+
+N texts · L tokens · C width of a token's features
+
+An encoder is called with texts and gives features (N, L, C) fp32 and a mask (N, L) bool of the tokens that there are,
+padded to the longest text of the batch; `width` is C, `length` the most tokens of a text, `record()` what checkpoints
+say of it. The same text always gives the same features, whatever else is in the batch.
+"""
+
+import functools
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class TextEncoder(Protocol):
+    """What makes features of texts."""
+
+    width: int
+    length: int
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(N, L, C), (N, L)"""
+
+    def record(self) -> dict: ...
+
+
+class Words:
+    """No weights: each word is a sum of fixed random vectors, one for itself and one for each neighbour at its place.
+
+    So a token says what stands where around it, which a network of images has no other way to know. Case and
+    punctuation are nothing; a text has a token for its end, so that the empty one has a token too.
+    """
+
+    name = "words"
+    reach = 3  # how far a neighbour may stand
+
+    def __init__(self, width: int = 128, length: int = 40):
+        self.width, self.length = width, length
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return padded([torch.from_numpy(self._features(text)) for text in texts])
+
+    def record(self) -> dict:
+        return {"name": self.name, "width": self.width, "length": self.length}
+
+    def _features(self, text: str) -> np.ndarray:
+        words = [*re.findall(r"\w+", text.lower())[: self.length - 1], "</s>"]
+        features = np.zeros((len(words), self.width), dtype=np.float32)
+        for place in range(len(words)):
+            for offset in range(-self.reach, self.reach + 1):
+                if 0 <= place + offset < len(words):
+                    features[place] += vector(words[place + offset], offset, self.width)
+        return features / (2 * self.reach + 1) ** 0.5
+
+
+@functools.lru_cache(maxsize=100_000)
+def vector(word: str, offset: int, width: int) -> np.ndarray:
+    """(C,) standard normal, of a word at a place beside another one."""
+    seed = hashlib.sha256(f"{offset} {word}".encode(errors="backslashreplace")).digest()
+    return np.random.default_rng(np.frombuffer(seed, dtype=np.uint32)).standard_normal(width, dtype=np.float32)
+
+
+def padded(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Texts (L_n, C) of several lengths in one batch, and its mask."""
+    mask = torch.zeros(len(features), max(map(len, features)), dtype=torch.bool)
+    batch = features[0].new_zeros(*mask.shape, features[0].shape[1])
+    for row, each in enumerate(features):
+        batch[row, : len(each)] = each
+        mask[row, : len(each)] = True
+    return batch, mask
