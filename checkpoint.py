@@ -37,7 +37,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from cli import UsageError
-from conditions import Classes
+from conditions import Captions, Classes
 from configuration import DiTConfig, infer_config, row_name, usual_heads
 from families import FAMILIES, family_of, from_published
 from files import UNFINISHED, digest, digest_of, flush_to_disk, write_json
@@ -71,6 +71,7 @@ class Objective(TypedDict):
 class Data(TypedDict):
     class_names: NotRequired[list[Name]]
     fingerprint: NotRequired[str]
+    captions: NotRequired[list[Name]]  # some of them
     reading: NotRequired[dict[str, Any]]  # `data.Reading`; runs of before there was a choice have none
 
 
@@ -84,6 +85,7 @@ class Description(TypedDict):
     image_size: NotRequired[Annotated[int, Field(ge=1)]]
     step: NotRequired[Natural]
     data: NotRequired[Data]
+    text: NotRequired[dict[str, Any]]  # the encoder of prompts, by `name` and its settings
 
 
 class Index(TypedDict):
@@ -380,9 +382,11 @@ class Weights:
         return model
 
     @property
-    def condition(self) -> Classes:
-        names = () if self.record is None else self.record.get("data", {}).get("class_names", ())
-        return replace(self.config.condition, names=tuple(names))
+    def condition(self) -> Classes | Captions:
+        data = {} if self.record is None else self.record.get("data", {})
+        if self.config.caption_width:
+            return replace(self.config.condition, known=tuple(data.get("captions", ())))
+        return replace(self.config.condition, names=tuple(data.get("class_names", ())))
 
     @property
     def objective(self) -> dict:

@@ -50,6 +50,14 @@ class Classes:
     def batch(self, requests: Sequence[int], device: torch.device) -> Tensor:
         return torch.tensor(requests, device=device)
 
+    def of_samples(self, y: Tensor, data) -> Tensor:
+        """The batch of samples of a data set, whose `y` (N,) are on the device."""
+        return y
+
+    def blank(self, device: torch.device | str) -> Tensor:
+        """A batch of one that no image is of."""
+        return torch.zeros(1, dtype=torch.int64, device=device)
+
     def null_of(self, batch: Tensor) -> Tensor | None:
         """As many nulls as a batch has conditions; None where the network has none."""
         return None if self.null is None else torch.full_like(batch, self.null)
@@ -147,6 +155,14 @@ class Captions:
             raise UsageError("this model is of texts, and no text encoder is given: --text-encoder")
         features, mask = self.encode(requests)
         return Prompts(features.to(device), mask.to(device), torch.zeros(len(mask), dtype=torch.bool, device=device))
+
+    def of_samples(self, y: Tensor, data) -> Prompts:
+        return self.batch([data.caption(index) for index in y.tolist()], y.device)
+
+    def blank(self, device: torch.device | str) -> Prompts:
+        features = torch.zeros(1, 1, self.width, device=device)
+        mask = torch.ones(1, 1, dtype=torch.bool, device=device)
+        return Prompts(features, mask, torch.zeros(1, dtype=torch.bool, device=device))
 
     def null_of(self, batch: Prompts) -> Prompts | None:
         return None if self.null is None else batch._replace(null=torch.ones_like(batch.null))

@@ -284,11 +284,7 @@ class ImageData(FileSamples):
         reading: Reading = Reading(),
     ):
         require_folder(path, "data path")
-        if image_size % space.downsample:
-            raise UsageError(
-                f"image size {image_size} is not divisible by {space.downsample}, by which the autoencoder "
-                f"{space.path} shrinks images; nearest sizes: {_nearest_multiples(image_size, space.downsample)}"
-            )
+        side = self._side(image_size, space)
         class_names, names, labels, passed_over = images_by_class(path)
         layout = f"expected {os.path.join(path, 'CLASS', 'IMAGE')}, one folder per class"
         if not class_names:
@@ -303,7 +299,6 @@ class ImageData(FileSamples):
                 f"the class folders of {path} hold folders of images, not images: did you mean one of them, "
                 f"such as {os.path.join(path, class_names[0])}? {layout}"
             )
-        side = image_size // space.downsample
         super().__init__(path, names, labels, class_names, (space.channels, side, side), seed)
         self.image_size = image_size
         self.posterior = space.samples_posterior
@@ -313,6 +308,16 @@ class ImageData(FileSamples):
             self.notes.append(
                 f"{len(passed_over)} images are not read, for their suffix ({suffixes}): {passed_over[0]}"
             )
+
+    @staticmethod
+    def _side(image_size: int, space: SpaceInfo) -> int:
+        """Of the latents."""
+        if image_size % space.downsample:
+            raise UsageError(
+                f"image size {image_size} is not divisible by {space.downsample}, by which the autoencoder "
+                f"{space.path} shrinks images; nearest sizes: {_nearest_multiples(image_size, space.downsample)}"
+            )
+        return image_size // space.downsample
 
     def fingerprint(self) -> str:
         """As of `FileSamples`, and over how pixels are made of files where that is not as before there was a choice."""

@@ -88,6 +88,8 @@ def fit(weights: checkpoint.Weights, config: DiTConfig, classes: Classes, fresh_
 
 def _rows(theirs: DiTConfig, before: Classes, config: DiTConfig, classes: Classes) -> list[int | None] | None:
     """The file's row of each label, or None if the table stays."""
+    if config.caption_width:  # a text embedder has no rows
+        return None
     same_names = not (before.names and classes.names) or before.names == classes.names
     same_null = (theirs.null_class is None) == (config.null_class is None)
     if theirs.num_classes == config.num_classes and same_names and same_null:

@@ -23,7 +23,9 @@ import finetune
 import machine
 import objectives
 import profiling
+import text
 from autoencoders import add_root_arguments, load_space, space_info, vae_below
+from captions import CaptionedImages
 from cli import (
     Need,
     Parser,
@@ -38,7 +40,7 @@ from cli import (
     said,
     values,
 )
-from conditions import Classes
+from conditions import Captions, Classes
 from configuration import (
     MODEL_FLAGS,
     DiTConfig,
@@ -82,6 +84,10 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument("--background", default=Reading.background, help="colour under transparency: white, #rrggbb")
     group.add_argument("--num-workers", type=natural_int, default=4, help="processes that load data; 0: none")
     parser.add_switch(group, "--flip", True, "mirror half of the images")
+
+    group.add_argument(
+        "--text-encoder", metavar="NAME", help=f"train on images with captions, read so: {', '.join(text.ENCODERS)}"
+    )
 
     group = add_model_arguments(parser)  # None stands for what --init-from says, or else for the default
 
@@ -215,6 +221,7 @@ NEEDS = (  # besides those of objectives.py
     ),
     Need(("allow_changes",), lambda args: args.resume is not None, "--resume"),
     Need(("background",), lambda args: args.data_path is not None, "--data-path (features are made already)"),
+    Need(("num_classes",), lambda args: args.text_encoder is None, "classes (--text-encoder reads captions)"),
     Need(("fresh_parts",), lambda args: args.init_from is not None, "--init-from FILE"),
 )
 
@@ -250,7 +257,7 @@ class Run:
     space: object  # None where latents are read from disk and no images are drawn
     total_steps: int
     record: dict  # config.json of its checkpoints
-    condition: Classes  # what its images are of
+    condition: Classes | Captions  # what its images are of
     start: finetune.Start | None = None  # of --init-from
     notes: list[str] = field(default_factory=list)  # what was chosen that no flag says
     evaluator: evaluation.Evaluator | None = None  # of --metrics-every
@@ -385,6 +392,7 @@ class Choices:
     model: DiTConfig  # but for what follows from the data: its input size and number of classes
     objective: object
     weights: checkpoint.Weights | None  # of --init-from
+    encoder: text.TextEncoder | None = None  # of --text-encoder
 
     @property
     def run_name(self) -> str:
@@ -417,6 +425,8 @@ def _choose(args, processes: distributed.Processes) -> Choices:
             args.vae_path = weights.record.get("space", {}).get("path") or args.vae_path
     # A wrong model is said before the data is looked through.
     model = base_shapes.fitted(choose_model(args, weights), args, None if weights is None else weights.source)
+    encoder = None if args.text_encoder is None else text.open_encoder(args.text_encoder)
+    model = of_texts(model, encoder, args, weights)
     for name in MODEL_FLAGS.keys() - {"num_classes"}:
         setattr(args, name, getattr(model, name))
     args.model = name_of(model, args.model)
@@ -429,7 +439,7 @@ def _choose(args, processes: distributed.Processes) -> Choices:
     check_needs(args, (*objectives.NEEDS, *NEEDS))
     if model.condition.null is None and "sample_cfg_scale" in args.given and args.sample_cfg_scale != 1:
         raise UsageError("--sample-cfg-scale needs a null class, which --class-dropout-prob 0 leaves out; use scale 1")
-    return Choices(args, model, objective, weights)
+    return Choices(args, model, objective, weights, encoder)
 
 
 def choose_accumulation(args, world_size: int) -> int:
@@ -449,17 +459,21 @@ def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distri
     args, model, objective = choices.args, choices.model, choices.objective
     data, space, space_record = open_data(args, resumed)
     if args.num_classes is None:  # a resumed run keeps its own
-        args.num_classes = data.num_classes if resumed is None else resumed.config["model"].get("num_classes", 1000)
+        kept = None if resumed is None else resumed.config["model"].get("num_classes", 1000)
+        args.num_classes = kept or data.num_classes or 1  # images with captions are of none
     if data.num_classes > args.num_classes:
         raise UsageError(f"the data has {data.num_classes} classes, --num-classes allows {args.num_classes}")
-    classes = Classes(args.num_classes, tuple(data.class_names), args.class_dropout_prob)
+    if choices.encoder is None:
+        condition = Classes(args.num_classes, tuple(data.class_names), args.class_dropout_prob)
+    else:
+        condition = dataclasses.replace(model.condition, encode=choices.encoder, known=tuple(data.record()["captions"]))
     channels, input_size, width = data.latent_shape
     if width != input_size:
         raise UsageError(f"latents of {input_size}x{width} are not square")
     if space is not None and space.channels != channels:
         raise UsageError(f"--vae-path {args.vae_path} has {space.channels} channels, the latents have {channels}")
     config = dataclasses.replace(model, input_size=input_size, in_channels=channels, num_classes=args.num_classes)
-    start = None if choices.weights is None else finetune.fit(choices.weights, config, classes, args.fresh_parts)
+    start = None if choices.weights is None else finetune.fit(choices.weights, config, condition, args.fresh_parts)
     dtype = machine.PRECISIONS[args.precision]
     check_attention(args.attention, processes.device, dtype, config.hidden_size // config.num_heads)
     schedule = BatchSchedule(
@@ -482,6 +496,8 @@ def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distri
         "data": data.record(),
         "versions": {"torch": torch.__version__},
     }
+    if choices.encoder is not None:
+        record["text"] = choices.encoder.record()
     return Run(
         args=args,
         processes=processes,
@@ -492,7 +508,7 @@ def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distri
         space=None if space is None else space.to(processes.device),
         total_steps=total_steps,
         record=record,
-        condition=classes,
+        condition=condition,
         start=start,
         notes=[
             *data.notes,
@@ -537,6 +553,24 @@ def choose_model(args, weights: checkpoint.Weights | None) -> DiTConfig:
     return dataclasses.replace(config, input_size=64 * free.get("patch_size", config.patch_size), **free)
 
 
+def of_texts(model: DiTConfig, encoder: text.TextEncoder | None, args, weights) -> DiTConfig:
+    """The model for texts that `--text-encoder` reads, or for classes where it is not given.
+
+    Raises:
+        UsageError: the model, or the file that it begins from, is of the other kind.
+    """
+    if encoder is None:
+        if model.caption_width:
+            raise UsageError(f"{args.model or args.init_from} draws from texts: give --text-encoder, and captions")
+        return model
+    if args.feature_path is not None:
+        raise UsageError("--text-encoder needs --data-path, a folder of images with captions")
+    if weights is not None and weights.config.caption_width != encoder.width:
+        was = f"texts of {weights.config.caption_width} features" if weights.config.caption_width else "classes"
+        raise UsageError(f"--text-encoder {args.text_encoder} contradicts {args.init_from}, which is of {was}")
+    return dataclasses.replace(model, caption_width=encoder.width, caption_length=encoder.length)
+
+
 def differences(weights: checkpoint.Weights, record: dict) -> list[str]:
     """What a run does otherwise than the one that its weights come from, a line each."""
     before = weights.record or {"objective": weights.objective}
@@ -569,7 +603,8 @@ def open_data(args, resumed: "Resumed | None"):
         recorded = resumed is None or "background" in args.given or "reading" in resumed.config.get("data", {})
         reading = Reading(args.background) if recorded else AS_BEFORE
         facts = space_info(args.vae_path)
-        data = ImageData(args.data_path, args.image_size, facts, args.global_seed, args.flip, reading)
+        kind = ImageData if args.text_encoder is None else CaptionedImages
+        data = kind(args.data_path, args.image_size, facts, args.global_seed, args.flip, reading)
         if not recorded:
             data.notes.append("transparency and EXIF rotation are ignored, as when this run began")
         space = load_space(args.vae_path)

@@ -8,6 +8,7 @@ python sample.py --model DiT-XL/2 --ckpt dit_moe_xl_8E2A.pt --vae-path sd-vae-ft
 """
 
 import itertools
+import json
 from pathlib import Path
 from typing import NotRequired
 
@@ -40,7 +41,9 @@ def get_parser() -> Parser:
     group.add_argument(
         "--class-labels", nargs="+", metavar="LABEL", help="numbers or names of classes; a few by default"
     )
-    group.add_argument("--images-per-class", type=positive_int, default=1, help="of every label given")
+    group.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to draw, of a network that reads texts")
+    group.add_argument("--prompt-file", type=Path, help="one prompt a line, or .jsonl with a caption a line")
+    group.add_argument("--images-per-class", type=positive_int, default=1, help="of every label or prompt given")
     group.add_argument("--batch-size", type=positive_int, default=32, help="images drawn at once")
     group.add_argument("--output", type=Path, help="folder (default: samples/, then a name that tells the settings)")
     group.add_argument("--grid", type=natural_int, metavar="COLUMNS", help="images per row of grid.png; 0 for no grid")
@@ -72,18 +75,40 @@ def main(args) -> None:
     images = draw(loaded, labels, settings, args.batch_size)
     for name in before:
         (folder / name).unlink(missing_ok=True)
-    replace_json(folder / SETTINGS, {"tool": TOOL, "files": names} | loaded.record(precision))
+    record = {"tool": TOOL, "files": names} | loaded.record(precision)
+    if loaded.draws_from_texts:
+        record, labels = record | {"prompts": labels}, range(len(labels))
+    replace_json(folder / SETTINGS, record)
     write(folder, images, labels, columns, args.png)
     print(f"{len(images)} images of {loaded.image_size}x{loaded.image_size} ({settings}, {precision}) in {folder}")
 
 
-def choose_labels(args, loaded: sampling.Loaded) -> list[int]:
+def choose_labels(args, loaded: sampling.Loaded) -> list[int] | list[str]:
+    prompts = read_prompts(args)
+    if prompts and not loaded.draws_from_texts:
+        raise UsageError(f"--prompt: {loaded.source} is of classes; give --class-labels")
     if args.class_labels is not None:
         labels = loaded.parse(args.class_labels)
+    elif loaded.draws_from_texts:
+        labels = prompts or loaded.condition.spread(8)
     else:
         trained = loaded.condition.trained
         labels = IMAGENET_FAVOURITES if len(trained) == 1000 else trained[:10]
     return [label for label in labels for _ in range(args.images_per_class)]
+
+
+def read_prompts(args) -> list[str]:
+    """Of `--prompt` and `--prompt-file`. Raises UsageError."""
+    prompts = list(args.prompt or ())
+    if args.prompt_file is not None:
+        try:
+            lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
+            table = args.prompt_file.suffix == ".jsonl"
+            prompts += [json.loads(line)["caption"] if table else line for line in lines if line.strip()]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"--prompt-file {args.prompt_file} cannot be read: {reason}") from None
+    return prompts
 
 
 def choose_folder(args, loaded: sampling.Loaded) -> Path:
@@ -113,9 +138,8 @@ def draw(loaded: sampling.Loaded, labels: list[int], settings: sampling.Settings
             yield step
             bar.update()
 
-    batches = sampling.generate(
-        loaded.network, loaded.objective, loaded.space, labels, settings, batch_size=batch_size, progress=progress
-    )
+    options = {"kind": loaded.condition, "batch_size": batch_size, "progress": progress}
+    batches = sampling.generate(loaded.network, loaded.objective, loaded.space, labels, settings, **options)
     images = np.concatenate(list(batches))
     bar.close()
     return images

@@ -10,19 +10,21 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 import base_shapes
 import checkpoint
 import cli
+import text
 from autoencoders import SpaceInfo, add_root_arguments, load_space, space_info, vae_below
 from cli import Need, Parser, RunStopped, UsageError, check_needs, natural_int, number_in, only, positive_int, warn_once
-from conditions import CHOICES, Classes
+from conditions import CHOICES, Captions, Classes
 from configuration import DIT_MUP, UNSEEN, DiTConfig, add_mup_arguments, build_config, unseen, usual_heads
 from diffusion import classifier_free_guidance
 from families import DiT_models
@@ -32,6 +34,8 @@ from models import DiT
 from objectives import SETTINGS, add_objective_arguments, check_against, choose_objective, in_words
 
 # ---------------------------------------------------------------------------------------------------------------- flags
+
+TEXT_ENCODERS = ", ".join(text.ENCODERS)
 
 
 def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
@@ -55,6 +59,7 @@ def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
     add_objective_arguments(parser, group, training=False)
     group.add_argument("--vae-path", "--vae", help="autoencoder: folder, hub name, mse, ema, or none for pixel space")
     add_root_arguments(group)
+    group.add_argument("--text-encoder", metavar="NAME", help=f"of networks that draw from prompts: {TEXT_ENCODERS}")
     add_mup_arguments(group)
     group.add_argument("--vae-scaling-factor", type=number_in(1e-6, 1e6), help="of latents, in place of its own")
     group.add_argument("--vae-shift-factor", type=number_in(-1e6, 1e6), help="of latents, in place of its own")
@@ -199,15 +204,17 @@ def generate(
     labels: Sequence[int],
     settings: Settings,
     *,
+    kind: Classes | Captions | None = None,
     indices: Sequence[int] | None = None,
     batch_size: int = 32,
     progress: Callable | None = None,
 ) -> Iterator[np.ndarray]:
-    """Draw one image per label.
+    """Draw one image per label, or per prompt.
 
     Args:
         model: with weights in the precision to sample with, or under the caller's autocast.
         space: what turns latents into images (`autoencoders.load_space`).
+        kind: of condition, where it knows more than the model's own: what encodes prompts.
         indices: which image of the seed each one is; 0, 1, ... by default.
         progress: wraps the iterable of sampling steps of each batch.
 
@@ -220,16 +227,17 @@ def generate(
     """
     config, device = model.config, next(model.parameters()).device
     indices = range(len(labels)) if indices is None else indices
-    config.condition.check(labels)
+    kind = kind or config.condition
+    kind.check(labels)
     shape = (config.in_channels, config.input_size, config.input_size)
     for start in range(0, len(labels), batch_size):
         part = slice(start, start + batch_size)
         noise = ImageNoise(settings.seed, indices[part], shape, device)
-        condition = config.condition.batch(labels[part], device)
+        condition = kind.batch(labels[part], device)
         denoise = classifier_free_guidance(
             model,
             condition,
-            config.condition.null_of(condition),
+            kind.null_of(condition),
             settings.cfg_scale,
             channels=settings.cfg_channels,
             interval=settings.cfg_interval,
@@ -261,11 +269,12 @@ class Captured:
         self.config, self.parameters = model.config, model.parameters
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        key = tuple((each.shape, each.dtype) for each in inputs)
+        tensors = tree_leaves(inputs)  # a condition may be several
+        key = tuple((each.shape, each.dtype) for each in tensors)
         if key not in self.recorded:
             self.recorded[key] = _record(self.model, inputs)
         graph, places, output = self.recorded[key]
-        for place, given in zip(places, inputs, strict=True):
+        for place, given in zip(tree_leaves(places), tensors, strict=True):
             place.copy_(given)
         graph.replay()
         return output.clone()  # the next call writes into it
@@ -278,7 +287,7 @@ def captured(model: DiT) -> "Captured | DiT":
 
 def _record(model: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple:
     """The graph, the tensors it reads, and the one that it writes."""
-    places = [each.clone() for each in inputs]
+    places = tree_map(torch.clone, tuple(inputs))
     beside = torch.cuda.Stream()  # a first call sets libraries up and compiles, which must not be recorded
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):
@@ -310,7 +319,7 @@ def check_settings(config: DiTConfig, objective, settings: Settings) -> None:
     def silent(x: Tensor, t: Tensor, condition) -> Tensor:
         return x.new_zeros(len(x), config.out_channels, *x.shape[2:])
 
-    x, condition = torch.zeros(1, config.in_channels, 1, 1), config.condition.batch([0], "cpu")
+    x, condition = torch.zeros(1, config.in_channels, 1, 1), config.condition.blank("cpu")
     denoise = classifier_free_guidance(
         silent,
         condition,
@@ -337,7 +346,7 @@ class Loaded:
     image_size: int
     source: Path
     settings: Settings
-    condition: Classes
+    condition: Classes | Captions
 
     @property
     def name(self) -> str:
@@ -345,8 +354,14 @@ class Loaded:
         path = self.source.absolute()
         return f"{path.parent.parent.name}-{path.name}" if path.name.isdecimal() else path.stem
 
+    @property
+    def draws_from_texts(self) -> bool:
+        return isinstance(self.condition, Captions)
+
     def parse(self, texts: Sequence[str]) -> list[int]:
         """What `--class-labels` asks for; one process says what is odd about it. Raises UsageError."""
+        if self.draws_from_texts:
+            raise UsageError(f"--class-labels: {self.source} draws from texts; give --prompt")
         return self.condition.parse(texts, warn_once if _is_first() else lambda line: None)
 
     def _beside_the_weights(self) -> dict:
@@ -405,7 +420,32 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
         model.compile_blocks()
     model.eval().requires_grad_(False)
     network = captured(model) if args.cuda_graph else model
-    return Loaded(model, network, objective, space.to(device), image_size, weights.source, settings, weights.condition)
+    kind = weights.condition
+    if isinstance(kind, Captions):
+        kind = replace(kind, encode=_choose_encoder(args, weights))
+    return Loaded(model, network, objective, space.to(device), image_size, weights.source, settings, kind)
+
+
+def _choose_encoder(args, weights: checkpoint.Weights) -> text.TextEncoder:
+    """What the network reads texts with: as recorded, or `--text-encoder`.
+
+    Raises:
+        UsageError: neither tells, they differ, or its features are of another width.
+    """
+    recorded = (weights.record or {}).get("text")
+    if recorded is not None:
+        if args.text_encoder not in (None, recorded["name"]):
+            was = recorded["name"]
+            raise UsageError(f"--text-encoder {args.text_encoder} contradicts {weights.source}, trained with {was}")
+        return text.recorded_encoder(recorded)
+    if args.text_encoder is None:
+        raise UsageError(f"{weights.source} reads texts and does not tell with which encoder: --text-encoder")
+    encoder, width = text.open_encoder(args.text_encoder), weights.config.caption_width
+    if encoder.width != width:
+        raise UsageError(
+            f"--text-encoder {args.text_encoder} gives {encoder.width} features, the network reads {width}"
+        )
+    return encoder
 
 
 def _choose_space(args, weights: checkpoint.Weights) -> SpaceInfo:

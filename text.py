@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cli import unknown_name
+
 
 class TextEncoder(Protocol):
     """What makes features of texts."""
@@ -42,21 +44,24 @@ class Words:
 
     def __init__(self, width: int = 128, length: int = 40):
         self.width, self.length = width, length
+        self._known = functools.lru_cache(maxsize=20_000)(self._features)
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return padded([torch.from_numpy(self._features(text)) for text in texts])
+        return padded([self._known(text) for text in texts])
 
     def record(self) -> dict:
         return {"name": self.name, "width": self.width, "length": self.length}
 
-    def _features(self, text: str) -> np.ndarray:
+    def _features(self, text: str) -> Tensor:
+        """(L, C)"""
         words = [*re.findall(r"\w+", text.lower())[: self.length - 1], "</s>"]
         features = np.zeros((len(words), self.width), dtype=np.float32)
-        for place in range(len(words)):
-            for offset in range(-self.reach, self.reach + 1):
-                if 0 <= place + offset < len(words):
-                    features[place] += vector(words[place + offset], offset, self.width)
-        return features / (2 * self.reach + 1) ** 0.5
+        for offset in range(-self.reach, self.reach + 1):  # token i gets what stands at i + offset
+            there = words[max(0, offset) : len(words) + min(0, offset)]
+            rows = slice(max(0, -offset), max(0, -offset) + len(there))
+            if there:
+                features[rows] += np.stack([vector(word, offset, self.width) for word in there])
+        return torch.from_numpy(features / (2 * self.reach + 1) ** 0.5)
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -64,6 +69,23 @@ def vector(word: str, offset: int, width: int) -> np.ndarray:
     """(C,) standard normal, of a word at a place beside another one."""
     seed = hashlib.sha256(f"{offset} {word}".encode(errors="backslashreplace")).digest()
     return np.random.default_rng(np.frombuffer(seed, dtype=np.uint32)).standard_normal(width, dtype=np.float32)
+
+
+ENCODERS = {Words.name: Words}
+
+
+def open_encoder(name: str) -> TextEncoder:
+    """What `--text-encoder` names. Raises UsageError."""
+    if name not in ENCODERS:
+        raise unknown_name("text encoder", name, ENCODERS)
+    return ENCODERS[name]()
+
+
+def recorded_encoder(record: dict) -> TextEncoder:
+    """The encoder that a checkpoint was trained with. Raises UsageError."""
+    if record.get("name") not in ENCODERS:
+        raise unknown_name("text encoder", str(record.get("name")), ENCODERS)
+    return ENCODERS[record["name"]](**{name: value for name, value in record.items() if name != "name"})
 
 
 def padded(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -296,7 +296,9 @@ def make_batch(run: Run, batch: dict[str, Tensor], positions: Tensor) -> tuple[N
     u = batch["u"]
     if run.args.stratified_t:
         u = stratify(u, positions.to(u.device), run.args.global_batch_size)
-    return run.objective.noised(x0, batch["noise"], u), run.condition.drop(batch["y"], batch["drop_u"])
+    return run.objective.noised(x0, batch["noise"], u), run.condition.drop(
+        run.condition.of_samples(batch["y"], run.data), batch["drop_u"]
+    )
 
 
 def total_loss(terms: dict[str, Tensor], routings: list[Routing], alpha: float, sum_over_processes):
@@ -373,8 +375,10 @@ def draw_grid(run: Run, engine: Engine, step: int) -> None:
     """The same few images (noise and labels fixed) from the EMA of this step: `samples/NNNNNNN.png` and TensorBoard."""
     labels, settings = run.condition.spread(GRID), sampling_settings(run)
     with engine.averaged() as model:  # all processes draw: where parameters are sharded, each is needed
-        network = recording(model, run.objective, labels, settings)
-        images = np.concatenate(list(sampling.generate(network, run.objective, run.space, labels, settings)))
+        of_classes = not run.config.caption_width
+        network = recording(model, run.objective, labels, settings) if of_classes else model
+        drawn = sampling.generate(network, run.objective, run.space, labels, settings, kind=run.condition)
+        images = np.concatenate(list(drawn))
     if run.processes.is_main:
         grid, folder = image_files.image_grid(images, columns=8), run.folder / "samples"
         with dispensable(folder):

@@ -1,6 +1,7 @@
 """Handwritten digits: data and curves for the quick start. Needs no download.
 
     python -m scripts.digits write data/digits              # PNG files: train/ and held-out/, one folder per class
+    python -m scripts.digits compose data/scenes            # scenes of one to four digits with captions: scenes.py
     python -m scripts.digits curve results/.../metrics.jsonl
 
 The 1,797 digits that scikit-learn ships are split once and for all: one half trains the diffusion model, the other half
@@ -19,7 +20,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from cli import Parser, UsageError, run
+from cli import Parser, UsageError, natural_int, positive_int, run
+from files import replacing
 
 TRAINING_DIGITS = 897  # for the diffusion model; the other 900 are held out
 
@@ -149,6 +151,55 @@ def write(args) -> None:
         print(f"{args.folder / name}: {len(digits.images)} digits {'written' if written else 'are there already'}")
 
 
+def compose(args) -> None:
+    """Scenes to train on, of the training digits; prompts that ask for what no such scene shows, and their layouts."""
+    from scripts import scenes
+
+    training, _ = split_digits()
+    folder = args.folder
+    if (folder / "captions.jsonl").exists():
+        print(f"{folder}: scenes are there already")
+    else:
+        try:
+            (folder / "images").mkdir(parents=True, exist_ok=True)
+            lines = []
+            for index in range(args.count):
+                made = scenes.scene(training, args.seed, index)
+                name = f"images/{index:06d}.png"
+                Image.fromarray(made.image).save(folder / name)
+                lines.append(json.dumps({"path": name, "caption": made.caption}))
+            _write_lines(folder / "captions.jsonl", lines)
+        except OSError as error:
+            raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from None
+        print(f"{folder}: {args.count} scenes with captions")
+    prompts = [scenes.scene(training, args.seed, index, new=True) for index in range(args.prompts)]
+    _write_lines(folder / "new.jsonl", [json.dumps({"caption": s.caption, "layout": s.layout}) for s in prompts])
+    print(f"{folder / 'new.jsonl'}: {args.prompts} prompts for pairs that no scene has")
+
+
+def _write_lines(path: Path, lines: list[str]) -> None:
+    with replacing(path) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def judge(args) -> None:
+    """How much of what prompts ask for is in the images: read cell by cell by a judge that knows the other digits."""
+    from metrics import Judge
+    from scripts import scenes
+
+    with np.load(args.samples) as file:
+        images = file["arr_0"]
+    layouts = [json.loads(line)["layout"] for line in args.prompts.read_text(encoding="utf-8").splitlines()]
+    if len(images) != len(layouts):
+        raise UsageError(f"{args.samples} has {len(images)} images, {args.prompts} asks for {len(layouts)}")
+    _, held_out = split_digits()
+    reader = Judge(np.repeat(held_out.images[..., None], 3, axis=3), held_out.labels)
+    digits, blanks = scenes.read_cells(images, layouts, reader.recognises)
+    right = digits.sum() + blanks.sum()
+    print(f"cells   {right / (len(digits) + len(blanks)):.1%} of {len(digits) + len(blanks)} are as asked for")
+    print(f"        {digits.mean():.1%} of {len(digits)} digits, {blanks.mean():.1%} of {len(blanks)} empty ones")
+
+
 def curve(args) -> None:
     rows = read_metrics(args.metrics)
     path = args.out or args.metrics.with_name("curve.png")
@@ -163,6 +214,18 @@ def make_parser() -> Parser:
     command = commands.add_parser("write", help="write the digits as PNG files")
     command.add_argument("folder", type=Path, help="gets train/<class>/<index>.png and held-out/...")
     command.set_defaults(command=write)
+
+    command = commands.add_parser("compose", help="write scenes of digits with captions, and prompts for new ones")
+    command.add_argument("folder", type=Path, help="gets images/, captions.jsonl and new.jsonl")
+    command.add_argument("--count", type=positive_int, default=12_000, help="scenes")
+    command.add_argument("--prompts", type=positive_int, default=64, help="that are held out")
+    command.add_argument("--seed", type=natural_int, default=0)
+    command.set_defaults(command=compose)
+
+    command = commands.add_parser("judge", help="compare images of scenes with what their prompts ask for")
+    command.add_argument("samples", type=Path, help="samples.npz of sample.py --prompt-file")
+    command.add_argument("prompts", type=Path, help="new.jsonl of compose")
+    command.set_defaults(command=judge)
 
     command = commands.add_parser("curve", help="draw loss and expert load, print a summary")
     command.add_argument("metrics", type=Path, help="metrics.jsonl of a run")

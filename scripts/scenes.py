@@ -92,3 +92,18 @@ def scene(digits: Digits, seed: int, index: int, new: bool = False) -> Scene:
     rng = np.random.default_rng([seed, index, int(new)])
     layout = random_layout(rng, new)
     return Scene(compose(digits, layout, rng), caption(layout, rng), layout)
+
+
+INK = 10  # mean value of a cell from which on it is not empty
+
+
+def read_cells(images: np.ndarray, layouts: list[Layout], recognises) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each cell of images (N, 16, 16, 3) that should hold a digit holds that one, and each other one nothing.
+
+    Args:
+        recognises: of (M, 8, 8, 3) and labels (M,), as `metrics.Judge`.
+    """
+    cells = images.reshape(-1, 2, SIDE, 2, SIDE, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, SIDE, SIDE, 3)
+    wanted = np.array([-1 if value is None else value for layout in layouts for value in layout])
+    inked, asked = cells.mean(axis=(1, 2, 3)) >= INK, wanted >= 0
+    return inked[asked] & recognises(cells[asked], wanted[asked]), ~inked[~asked]
