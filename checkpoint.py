@@ -506,10 +506,10 @@ def _load_parts(paths: list[Path]) -> dict[str, Tensor]:
 
 
 def _state_dict_in(loaded: dict, which: str) -> dict[str, Tensor]:
-    """The weights within a training checkpoint: DiT's `ema` and `model`, DeepSpeed's `module`, or all of it."""
-    inner = next(
-        (loaded[key] for key in (which, "ema", "model", "module") if isinstance(loaded.get(key), dict)), loaded
-    )
+    """The weights within a training checkpoint: those of DiT, PixArt or DeepSpeed (`module`), or all that it holds."""
+    names = {"ema": ("ema", "state_dict_ema"), "model": ("model", "state_dict")}
+    keys = (*names.get(which, ()), *names["ema"], *names["model"], "module")
+    inner = next((loaded[key] for key in keys if isinstance(loaded.get(key), dict)), loaded)
     return {name: value for name, value in inner.items() if isinstance(value, Tensor)}
 
 

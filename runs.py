@@ -563,6 +563,8 @@ def of_texts(model: DiTConfig, encoder: text.TextEncoder | None, args, weights) 
         if model.caption_width:
             raise UsageError(f"{args.model or args.init_from} draws from texts: give --text-encoder, and captions")
         return model
+    if args.metrics_every:
+        raise UsageError("--metrics-every compares images of classes: drop it, or --text-encoder")
     if args.feature_path is not None:
         raise UsageError("--text-encoder needs --data-path, a folder of images with captions")
     if weights is not None and weights.config.caption_width != encoder.width:

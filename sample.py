@@ -56,7 +56,7 @@ def main(args) -> None:
     device = distributed.choose_device(args.device)
     distributed.keep_freed_memory(device)
     precision = machine.choose_precision(args.precision, device)
-    loaded = sampling.load_for_sampling(args, device, machine.set_precision(precision))
+    loaded = sampling.load_for_sampling(args, device, machine.set_precision(precision), prompts=True)
     settings = loaded.settings
     labels = choose_labels(args, loaded)
 

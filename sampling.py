@@ -382,10 +382,11 @@ class Loaded:
         }
 
 
-def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
+def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.float32, prompts: bool = False) -> Loaded:
     """The network, objective and latent space of `--ckpt`, after comparing the flags with what the file says.
 
-    The weights go straight from the (memory-mapped) file to the device, in `dtype`.
+    The weights go straight from the (memory-mapped) file to the device, in `dtype`. `prompts`: the caller has some for
+    a network that reads texts.
 
     Raises:
         UsageError: flag and file disagree, or neither tells.
@@ -398,6 +399,8 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
     if args.image_size is not None and Path(args.ckpt).is_file():  # for a file without `pos_embed`
         known["input_size"] = args.image_size // space_info(args.vae_path or "mse").downsample
     weights = checkpoint.load_weights(args.ckpt, "ema" if args.use_ema else "model", **known)
+    if weights.config.caption_width and not prompts:
+        raise UsageError(f"{weights.source} draws from texts, this command from classes; sample.py --prompt draws them")
     space = _choose_space(args, weights)
     image_size = weights.config.input_size * space.downsample
     _compare_flags(args, weights, image_size)

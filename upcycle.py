@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import checkpoint
 import cli
 from cli import UsageError, natural_int, number_in, positive_int
+from conditions import Prompts
 from configuration import DiTConfig
 from diffusion import objective_from_config
 from layers import SwiGLUMLP
@@ -182,7 +183,11 @@ def random_outputs(model: DiT, time_scale: float, batch: int = 4) -> Tensor:
     """What the model says of fixed random inputs, at times from near data to near noise."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     x = torch.randn(batch, config.in_channels, config.input_size, config.input_size, generator=generator)
-    return model(x, torch.linspace(0.05, 0.95, batch) * time_scale, torch.arange(batch) % config.num_classes)
+    condition = torch.arange(batch) % config.num_classes
+    if config.caption_width:
+        features = torch.randn(batch, config.caption_length, config.caption_width, generator=generator)
+        condition = Prompts(features, torch.ones(features.shape[:2], dtype=torch.bool))
+    return model(x, torch.linspace(0.05, 0.95, batch) * time_scale, condition)
 
 
 def write(folder: Path, model: DiT, weights: checkpoint.Weights, recipe: Recipe, objective) -> None:

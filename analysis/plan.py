@@ -521,6 +521,8 @@ def plan(
         raise UsageError(f"image size {image_size} must be a multiple of 8, by which the autoencoder divides it")
     latent = {"in_channels": 3, "input_size": image_size} if pixels else {"input_size": image_size // 8}
     config = build_config(model, **(latent | options))
+    if config.caption_width:
+        raise UsageError(f"{model} reads texts, whose cost is not counted yet; plan the same sizes without")
     check_expert_parallel(expert_parallel, gpus, data_parallel, config)
 
     sheet = GPUS[gpu]

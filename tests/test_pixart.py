@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import GOLDEN, Golden
 
+import checkpoint
 import families
 from base_shapes import base_shapes, read_base_width
 from cli import UsageError
@@ -15,6 +16,7 @@ from diffusion import GaussianDiffusion
 from models import DiT
 from optim import ADAMW
 from parametrization import lr_factors, readout_multiplier
+from upcycle import Recipe, random_outputs, upcycle
 
 WIDTHS = json.loads((GOLDEN / "pixart_mup.json").read_text())
 SMALL = dict(depth=2, hidden_size=32, num_heads=2, input_size=8, caption_width=24, caption_length=6, base_width=64)
@@ -49,6 +51,26 @@ def test_outputs_and_gradients(golden, model):
     assert gradients.keys() == golden.part("grad.").keys()
     for name, expected in golden.part("grad.").items():
         assert (gradients[name] - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+
+
+def test_a_second_golden_model_with_heads_of_72():
+    golden = Golden("pixart_mup_head72")
+    sizes = json.loads(golden.metadata["config"])
+    config = build_config(
+        "PixArt-muP-2h/2",
+        depth=sizes["depth"],
+        input_size=sizes["input_size"],
+        caption_width=sizes["caption_channels"],
+        caption_length=sizes["model_max_length"],
+    )
+    model = DiT(config)
+    model.load_state_dict(golden.part("model."))
+    out = model(golden["in.x"], golden["in.t"], prompts(golden))
+    torch.testing.assert_close(out, golden["out.eval"], rtol=1e-5, atol=1e-5 * golden["out.eval"].abs().max().item())
+    (out * golden["in.out_weight"]).mean().backward()
+    named = families.to_published({n: p.grad for n, p in model.named_parameters()}, config=config)
+    for name, expected in golden.part("grad.").items():
+        assert (named[name] - expected).abs().max() <= 1e-5 * expected.abs().max(), name
 
 
 def test_an_image_depends_on_its_own_prompt_alone(golden, model):
@@ -144,6 +166,23 @@ def test_architecture_is_read_off_the_shapes(model):
     assert families.family_of(published).__name__ == "pixart"
     again = families.from_published(published)
     assert again.keys() == model.state_dict().keys()
+
+
+def test_published_files_load_and_become_mixtures(golden, model, tmp_path):
+    """`{state_dict, state_dict_ema, ...}` without the table of positions, as the public code writes and reads them."""
+    tensors = families.to_published(model.state_dict(), config=model.config)
+    del tensors["pos_embed"]
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    torch.save({"state_dict": zeros, "state_dict_ema": tensors, "epoch": 5}, tmp_path / "epoch_5_step_9.pth")
+    known = dict(num_heads=2, parametrization="mup-pixart", base_width=64, input_size=8)
+    x, t, given = golden["in.x"], golden["in.t"], prompts(golden)
+    loaded = checkpoint.load_weights(tmp_path / "epoch_5_step_9.pth", **known)
+    assert torch.equal(loaded.build().eval()(x, t, given), model(x, t, given))
+    assert not checkpoint.load_weights(tmp_path / "epoch_5_step_9.pth", "model", **known).build()(x, t, given).any()
+
+    mixture = upcycle(model, Recipe(num_experts=4), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(mixture(x, t, given), model(x, t, given), rtol=1e-4, atol=1e-4)
+    assert random_outputs(mixture, 1000.0).isfinite().all()
 
 
 def test_drawn_anew_it_says_the_same_for_every_text(golden):

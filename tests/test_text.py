@@ -247,6 +247,12 @@ def test_what_a_model_of_texts_does_not_draw(case, run, tmp_path):
     assert message.replace("0000004", "") in error.replace(str(run / "checkpoints" / "0000004"), ""), error
 
 
+@pytest.mark.parametrize("command", ["sample_ddp.py", "analysis/expert_data.py"])
+def test_what_draws_classes_says_so(command, run):
+    error = script(command, "--ckpt", run, "--device", "cpu", check=2).stderr
+    assert "draws from texts, this command from classes; sample.py --prompt draws them" in error
+
+
 def test_texts_and_classes_do_not_mix(run, tmp_path):
     images = write_images(tmp_path / "images")
     scenes_of = run.parent.parent / "scenes"
