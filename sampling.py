@@ -81,7 +81,9 @@ def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
         help="guide where normalised time is in here; 1 is pure noise",
     )
     group.add_argument("--num-sampling-steps", help="steps; DDPM also takes 10,15,20 or ddim50 (ddpm: 250, rf: 50)")
-    group.add_argument("--sampler", help="ddpm, ddim, dpm++ for DDPM; euler, heun, dpm++ for rectified flow")
+    group.add_argument(
+        "--sampler", help="ddpm, ddim, dpm++, dpm-solver for DDPM; euler, heun, dpm++ for rectified flow"
+    )
 
     group = add_machine_arguments(parser)
     parser.add_switch(group, "--cuda-graph", False, "record the network's kernels and replay them (bf16 on a GPU)")

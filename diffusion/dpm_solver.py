@@ -6,6 +6,8 @@ kind of output, the variance channels or the network's time. One network evaluat
 
 from collections.abc import Callable
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from cli import UsageError
@@ -29,6 +31,27 @@ def solve_diffusion(predict_x0: PredictX0, x: Tensor, betas: Tensor, num_steps: 
     if len(set(times)) < num_steps:
         raise UsageError(f"dpm++ cannot take {num_steps} different steps out of {len(betas)} time steps")
     return _run(scheduler, predict_x0, x, times, progress)
+
+
+def solve_continuous(predict_x0: Callable, x: Tensor, alphas_cumprod: Tensor, num_steps: int, progress=None) -> Tensor:
+    """The same between the time steps, as PixArt-alpha samples: from the last one to the first, log alpha is linear.
+
+    Args:
+        predict_x0: (x, t, signal, noise_level) -> x0, t in steps and perhaps between two of them.
+    """
+    count = len(alphas_cumprod)
+    log_signal = alphas_cumprod.double().log().numpy() / 2
+    places = np.linspace(count - 1, 0, num_steps + 1)  # of times in the table
+    signal = np.exp(np.interp(places, np.arange(count), log_signal))
+    noise_level = np.sqrt(1 - signal**2)
+    scheduler = _scheduler(lower_order_final=num_steps < 10, final_sigmas_type="sigma_min")
+    scheduler.set_timesteps(num_steps)
+    scheduler.sigmas = torch.from_numpy(noise_level / signal).float()
+
+    def predict(x: Tensor, step: int) -> Tensor:
+        return predict_x0(x, places[step], signal[step], noise_level[step])
+
+    return _run(scheduler, predict, x, list(range(num_steps)), progress)
 
 
 def solve_flow(predict_x0: PredictX0, x: Tensor, num_steps: int, shift: float, progress=None) -> Tensor:

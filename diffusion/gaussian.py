@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cli import UsageError, unknown_name
-from diffusion.dpm_solver import solve_diffusion
+from diffusion.dpm_solver import solve_continuous, solve_diffusion
 from diffusion.protocol import SAMPLERS, NoisedBatch, check_sampler, mean_flat
 from diffusion.respace import spaced_timesteps, step_count
 from diffusion.schedule import Schedule, Step, make_betas
@@ -182,7 +182,7 @@ class GaussianDiffusion:
 
         denoise    (x, t) -> (N,C or 2C,H,W), t a python float in network time
         num_steps  250, "10,15,20" or "ddim50": see `spaced_timesteps`; dpm++ takes a number only and spaces it itself
-        sampler    "ddpm" ancestral, "ddim" (with eta, 0 deterministic), "dpm++"
+        sampler    "ddpm" ancestral, "ddim" (with eta, 0 deterministic), "dpm++", or as PixArt does "dpm-solver"
         randn      fresh noise (N,C,H,W) for the steps that draw some; the caller may seed each image
         progress   wraps the steps, as tqdm does
         clip       keep the data prediction inside [-1, 1] (pixels)
@@ -195,6 +195,15 @@ class GaussianDiffusion:
                 return self.predict_x0(denoise(x, float(t)).float(), x, self.schedule.step(t), clip)
 
             return solve_diffusion(predict_x0, x, self.schedule.betas, step_count(num_steps), progress)
+
+        if sampler == "dpm-solver":
+
+            def predict_between(x: Tensor, t: float, signal: float, noise_level: float) -> Tensor:
+                c = self.schedule.step(0)._replace(signal=float(signal), noise_level=float(noise_level))
+                return self.predict_x0(denoise(x, float(t)).float(), x, c, clip)
+
+            alphas = self.schedule.alphas_cumprod
+            return solve_continuous(predict_between, x, alphas, step_count(num_steps), progress)
 
         timesteps = spaced_timesteps(self.num_timesteps, num_steps)
         spaced = Schedule(self.schedule.alphas_cumprod[timesteps])  # the same process, seen at fewer steps

@@ -7,7 +7,7 @@ from torch import Tensor
 from cli import UsageError
 
 # The first sampler of an objective is its default.
-SAMPLERS = {"ddpm": ("ddpm", "ddim", "dpm++"), "rf": ("euler", "heun", "dpm++")}
+SAMPLERS = {"ddpm": ("ddpm", "ddim", "dpm++", "dpm-solver"), "rf": ("euler", "heun", "dpm++")}
 
 
 class NoisedBatch(NamedTuple):

@@ -12,7 +12,7 @@ from base_shapes import base_shapes, read_base_width
 from cli import UsageError
 from conditions import Prompts
 from configuration import build_config, infer_config
-from diffusion import GaussianDiffusion
+from diffusion import GaussianDiffusion, classifier_free_guidance
 from models import DiT
 from optim import ADAMW
 from parametrization import lr_factors, readout_multiplier
@@ -96,6 +96,20 @@ def test_guidance(golden, model):
     expected = golden["out.cfg"]
     torch.testing.assert_close(null[:, :3] + 4.5 * (conditional - null)[:, :3], expected[:2, :3], rtol=0, atol=1e-4)
     torch.testing.assert_close(conditional[:, 3:], expected[:2, 3:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "steps", "scale"), [("dpm20", 20, 4.5), ("dpm5", 5, 4.5), ("dpm20_cfg1", 20, 1.0)])
+def test_samples(golden, model, name, steps, scale):
+    """DPM-Solver++ between the time steps, all channels guided."""
+    half = prompts(golden, slice(0, 2))
+    null = model.config.condition.null_of(half)
+    denoise = classifier_free_guidance(model, half, null, scale, time_scale=1000.0)
+    with torch.no_grad():
+        for parameter in model.final_layer.linear.parameters():
+            parameter.mul_(0.1)
+        drawn = GaussianDiffusion().sample(denoise, golden["in.noise"][:2], steps, "dpm-solver")
+    expected = golden[f"sample.{name}"]
+    assert (drawn - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_losses_along_steps_of_training(golden, model):
