@@ -129,6 +129,7 @@ def test_labels_are_dropped_as_often_as_the_flag_says():
         args=args,
         config=config,
         condition=config.condition,
+        data=None,  # labels are in the batch
         objective=RectifiedFlow(),
         processes=Processes(0, 0, 1, CPU),
     )
