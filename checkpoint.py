@@ -600,4 +600,5 @@ def describe(config: DiTConfig) -> str:
     size = next(filter(None, (row_name(replace(config, num_heads=count)) for count in heads)), None)
     size = size or f"depth {config.depth}, width {config.hidden_size}, patch {config.patch_size}"
     experts = f"{config.num_experts} experts" if config.num_experts else "dense"
-    return f"{size}, {experts}, {config.num_classes} classes, input {config.input_size}x{config.input_size}"
+    of = f"texts of {config.caption_length} tokens" if config.caption_width else f"{config.num_classes} classes"
+    return f"{size}, {experts}, {of}, input {config.input_size}x{config.input_size}"

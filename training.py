@@ -507,7 +507,8 @@ def introduce(run: Run, step: int) -> None:
     experts = f"{run.config.num_experts} experts, {run.config.num_experts_per_tok} per token"
     kind = experts if run.config.num_experts else "dense; --num_experts 8 makes it a DiT-MoE"
     log.info(f"{args.model} ({kind}): {total:,} parameters, {activated:,} activated")
-    log.info(f"{len(run.data):,} samples of {run.data.num_classes} classes, latents {run.data.latent_shape}")
+    of = "with captions" if run.config.caption_width else f"of {run.data.num_classes} classes"
+    log.info(f"{len(run.data):,} samples {of}, latents {run.data.latent_shape}")
     log.info(
         f"{run.objective.name}, batch {args.global_batch_size} = {processes.world_size} processes x {args.accum_iter} "
         f"micro-batches, {run.args.precision} on {processes.device.type}, {run.total_steps} steps "

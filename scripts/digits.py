@@ -22,6 +22,7 @@ from sklearn.model_selection import train_test_split
 
 from cli import Parser, UsageError, natural_int, positive_int, run
 from files import replacing
+from image_files import open_npz
 
 TRAINING_DIGITS = 897  # for the diffusion model; the other 900 are held out
 
@@ -187,9 +188,11 @@ def judge(args) -> None:
     from metrics import Judge
     from scripts import scenes
 
-    with np.load(args.samples) as file:
-        images = file["arr_0"]
-    layouts = [json.loads(line)["layout"] for line in args.prompts.read_text(encoding="utf-8").splitlines()]
+    images, _ = open_npz(args.samples)
+    try:
+        layouts = [json.loads(line)["layout"] for line in args.prompts.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{args.prompts} is no list of prompts with layouts, as compose writes it: {error}") from None
     if len(images) != len(layouts):
         raise UsageError(f"{args.samples} has {len(images)} images, {args.prompts} asks for {len(layouts)}")
     _, held_out = split_digits()

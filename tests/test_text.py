@@ -185,6 +185,7 @@ def test_a_run_reads_its_captions(run):
     assert (config["model"]["caption_width"], config["model"]["caption_length"]) == (128, 40)
     assert len(config["data"]["captions"]) == 16 and "class_names" not in config["data"]
     assert (run / "samples" / "0000004.png").is_file()
+    assert "24 samples with captions, latents (3, 16, 16)" in (run / "log.txt").read_text()
 
 
 def test_it_goes_on_to_the_bit_and_on_shards(run):
@@ -220,6 +221,9 @@ def test_images_of_prompts(run, tmp_path):
     script(*draw, "--prompt-file", scenes_of, "--output", tmp_path / "new")
     said = script("scripts/digits.py", "judge", tmp_path / "new" / "samples.npz", scenes_of).stdout
     assert "of 12 are as asked for" in said and "of 6 digits" in said
+    for wrong in ([tmp_path / "no.npz", scenes_of], [tmp_path / "new" / "samples.npz", tmp_path / "prompts.txt"]):
+        error = script("scripts/digits.py", "judge", *wrong, check=2).stderr
+        assert "Traceback" not in error and ("no.npz" in error or "is no list of prompts" in error)
 
 
 def test_other_words_make_another_image(run):
