@@ -2,10 +2,10 @@
 
 N images
 
-A *kind* of condition (`Classes`, `Captions`) knows what may be asked for; a *request* is what one image is asked to be of, as
-files and flags hold it (a label); a *batch* of conditions is what the network takes: a tensor, or a NamedTuple of
-tensors whose first dimension is N, so that engines, compilers and CUDA graphs pass it on unchanged. The loop, samplers
-and evaluations call the verbs of a kind, and know no more of it.
+A *kind* of condition (`Classes`, `Captions`) knows what may be asked for; a *request* is what one image is asked to be
+of, as files and flags hold it (a label, a text); a *batch* of conditions is what the network takes: a tensor, or a
+NamedTuple of tensors whose first dimension is N, so that engines, compilers and CUDA graphs pass it on unchanged. The
+loop, samplers and evaluations call the verbs of a kind, and know no more of it.
 """
 
 from collections.abc import Callable, Sequence
