@@ -1,9 +1,10 @@
 """Images with captions: a folder of `X.png` with `X.txt` beside it, or with a table of both.
 
-The table is `captions.jsonl` in the folder (or a `.jsonl` file, whose folder it then is): for each image a line
-`{"path": "images/1.png", "caption": "..."}`.
+The table is `captions.jsonl` in the folder, for each image a line `{"path": "images/1.png", "caption": "..."}`, or
+`captions.csv` with the columns path and caption; or such a file anywhere, whose folder the paths are below.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from autoencoders import SpaceInfo
 from cli import UsageError
 from data import ImageData, Reading, is_data, require_folder
 
-TABLE = "captions.jsonl"
+TABLES = ("captions.jsonl", "captions.csv")
 LONGEST = 10_000  # characters of a caption; more is a mistake
 KNOWN = 16  # captions that checkpoints keep, for what draws without being asked
 
@@ -53,12 +54,12 @@ def read_captions(path: Path) -> tuple[Path, list[tuple[str, str]]]:
     Raises:
         UsageError: no captions, no image for one or none for an image, no UTF-8, an empty or endless caption.
     """
-    if path.suffix == ".jsonl":
+    if path.suffix in (".jsonl", ".csv"):
         root, table = path.parent, path
     else:
         require_folder(path, "data path")
-        root, table = path, path / TABLE
-    pairs = _of_table(table) if table.is_file() else _of_pairs(root)
+        root, table = path, next((path / name for name in TABLES if (path / name).is_file()), None)
+    pairs = _of_pairs(root) if table is None else _of_table(table)
     for name, text in pairs:
         if not text or len(text) > LONGEST:
             what = "is empty" if not text else f"has {len(text)} characters, {LONGEST} are the most"
@@ -69,18 +70,19 @@ def read_captions(path: Path) -> tuple[Path, list[tuple[str, str]]]:
 
 
 def _of_table(table: Path) -> list[tuple[str, str]]:
-    pairs = []
+    pairs, is_csv = [], table.suffix == ".csv"
     try:
-        lines = table.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        with open(table, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file)) if is_csv else file.read().splitlines()
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{table} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    for number, line in enumerate(lines, start=1):
+    for number, row in enumerate(rows, start=2 if is_csv else 1):
         try:
-            row = json.loads(line)
+            row = row if is_csv else json.loads(row)
             pairs.append((row["path"], row["caption"].strip()))
         except (ValueError, KeyError, TypeError, AttributeError):
-            expected = '{"path": "IMAGE", "caption": "TEXT"}'
-            raise UsageError(f"{table}, line {number}: expected {expected}, got {line[:60]!r}") from None
+            expected = "the columns path and caption" if is_csv else '{"path": "IMAGE", "caption": "TEXT"}'
+            raise UsageError(f"{table}, line {number}: expected {expected}, got {str(row)[:60]}") from None
     if not pairs:
         raise UsageError(f"{table} has no captions")
     return pairs
@@ -94,11 +96,11 @@ def _of_pairs(root: Path) -> list[tuple[str, str]]:
     texts = {os.path.splitext(name)[0] for name in files if name.endswith(".txt")}
     stems = {os.path.splitext(name)[0] for name in images}
     if lonely := sorted(stems - texts):
-        raise UsageError(f"{root} has no {lonely[0]}.txt with the caption of that image, and no {TABLE}")
+        raise UsageError(f"{root} has no {lonely[0]}.txt with the caption of that image, and no {TABLES[0]}")
     if lonely := sorted(texts - stems):
         raise UsageError(f"{root} has a caption {lonely[0]}.txt, but no image of that name")
     if not images:
-        raise UsageError(f"no images with captions in {root}: expected X.png and X.txt, or {TABLE}")
+        raise UsageError(f"no images with captions in {root}: expected X.png and X.txt, or {TABLES[0]}")
     pairs = []
     for name in images:
         text = root / f"{os.path.splitext(name)[0]}.txt"

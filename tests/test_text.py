@@ -70,7 +70,10 @@ PAIRS = {"a.txt": "first\n", "sub/b.txt": "zweites ü"}
 TABLE = {"captions.jsonl": table(("a.png", "first"), ("sub/b.png", "zweites ü"))}
 
 
-@pytest.mark.parametrize("texts", [PAIRS, TABLE], ids=["pairs", "table"])
+SHEET = {"captions.csv": "path,caption\na.png,first\nsub/b.png,zweites ü\n"}
+
+
+@pytest.mark.parametrize("texts", [PAIRS, TABLE, SHEET], ids=["pairs", "table", "sheet"])
 def test_captions_beside_images_and_in_a_table(texts, tmp_path):
     data = CaptionedImages(captioned(tmp_path, texts), 8, space_info("none"), 0, False, Reading())
     assert len(data) == 2 and data.num_classes == 0
@@ -93,6 +96,7 @@ WRONG = {
     "no UTF-8": (PAIRS | {"a.txt": b"\xff\xfe"}, "a.txt cannot be read"),
     "no table": ({"captions.jsonl": "a.png first\n"}, "captions.jsonl, line 1: expected"),
     "empty table": ({"captions.jsonl": ""}, "has no captions"),
+    "other columns": ({"captions.csv": "file,text\na.png,first\n"}, "captions.csv, line 2: expected the columns path"),
     "a number": ({"captions.jsonl": '{"path": "a.png", "caption": 3}\n'}, "captions.jsonl, line 1: expected"),
 }
 
