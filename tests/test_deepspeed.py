@@ -103,12 +103,14 @@ def assert_same_curve(one: Path, other: Path, rel: float = 1e-5) -> None:
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * rel)
 
 
-def assert_close_weights(one: Path, other: Path, step: int, atol: float = 2e-5) -> None:
+def assert_close_weights(one: Path, other: Path, step: int, atol: float = 2e-6) -> None:
     for stem in ("model", "ema"):
         a, b = tensors(one, stem, step), tensors(other, stem, step)
         assert a.keys() == b.keys()
         for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol)
+            # Of a bias of keys the gradient is zero but for rounding, which Adam makes a step of.
+            allowed = 10 * atol if name.endswith("attn.qkv.bias") else atol
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=allowed)
 
 
 def cut_back(run: Path, step: int, to: Path) -> Path:
