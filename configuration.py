@@ -302,15 +302,20 @@ def build_config(name: str, **options) -> DiTConfig:
     return config
 
 
+def is_row(config: DiTConfig, name: str) -> bool:
+    """Whether a configuration has all that a row of `DiT_models` says."""
+    return all(getattr(config, key) == value for key, value in DiT_models[name].items())
+
+
 def row_name(config: DiTConfig) -> str | None:
     """The row of `DiT_models` that a configuration has, that which says most of it, or None."""
-    rows = [name for name, row in DiT_models.items() if all(getattr(config, key) == row[key] for key in row)]
+    rows = [name for name in DiT_models if is_row(config, name)]
     return max(rows, key=lambda name: len(DiT_models[name]), default=None)
 
 
 def name_of(config: DiTConfig, row: str | None = None) -> str:
     """What to call a model: `row`, if it is one, or else the row that it is, or its size."""
-    if row is not None and all(getattr(config, key) == value for key, value in DiT_models[row].items()):
+    if row is not None and is_row(config, row):
         return row
     return row_name(config) or f"DiT-{config.depth}L-{config.num_heads}h/{config.patch_size}"
 
@@ -360,9 +365,10 @@ MODEL_FLAGS = {  # field of DiTConfig: options of its flag, which has its name
     "base_width": dict(
         type=positive_int, help="of muP: hidden size at which --lr holds (default: of the smallest row with such heads)"
     ),
-    "output_mult": dict(type=number_in(2.0**-30, 2.0**30), help="of muP: factor of the readout (default: 1)"),
+    "output_mult": dict(type=number_in(*LIMITS["output_mult"]), help="of muP: factor of the readout (default: 1)"),
 }
-DIT_MUP = ("depth", "patch_size", "num_heads", "parametrization", "base_width", "output_mult")  # what its flags say
+MUP_FIELDS = ("parametrization", "base_width", "output_mult")
+DIT_MUP = ("depth", "patch_size", "num_heads", *MUP_FIELDS)  # what its flags say
 
 
 def add_model_arguments(parser: Parser):
@@ -435,17 +441,14 @@ def config_said(args: argparse.Namespace, usual: str = "DiT-S/2") -> DiTConfig:
 # ---------------------------------------------------------------------------------------------------------- from files
 
 # Fields of DiTConfig that change the function and no shape: of a file that does not describe itself, a flag must tell.
-UNSEEN = (
-    *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor"),
-    *("parametrization", "base_width", "output_mult"),
-)
+ROUTING_FIELDS = ("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor")
+UNSEEN = (*ROUTING_FIELDS, *MUP_FIELDS)
 
 
 def unseen(config: DiTConfig) -> dict:
     """Those of `UNSEEN` that matter to a model, and what it has of them."""
-    names = list(UNSEEN[:3]) if config.num_experts else []
-    names += UNSEEN[3:] if is_mup(config) else ["parametrization"]
-    return {name: getattr(config, name) for name in names}
+    of_experts = ROUTING_FIELDS if config.num_experts else ()
+    return {name: getattr(config, name) for name in (*of_experts, *(MUP_FIELDS if is_mup(config) else MUP_FIELDS[:1]))}
 
 
 def usual_heads(width: int) -> list[int]:

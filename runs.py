@@ -43,6 +43,7 @@ from cli import (
 from conditions import Captions, Classes
 from configuration import (
     MODEL_FLAGS,
+    MUP_FIELDS,
     DiTConfig,
     add_model_arguments,
     build_config,
@@ -376,12 +377,11 @@ def _facts(run: Run, resumed: "Resumed | None") -> dict:
 
 def _kept_parametrization(args) -> dict:
     """Of a checkpoint that `--resume` names, where no flag says another one."""
-    names = ("parametrization", "base_width", "output_mult")
-    if args.resume in (None, "auto") or any(name in args.given for name in (*names, "load_base_shapes")):
+    if args.resume in (None, "auto") or any(name in args.given for name in (*MUP_FIELDS, "load_base_shapes")):
         return {}
     found, _ = _checkpoint_at(Path(args.resume))
     recorded = checkpoint.read_config(found)["model"] if (found / "config.json").is_file() else {}
-    return {name: recorded[name] for name in names if recorded.get("base_width")}
+    return {name: recorded[name] for name in MUP_FIELDS if recorded.get("base_width")}
 
 
 @dataclass

@@ -25,7 +25,7 @@ import text
 from autoencoders import SpaceInfo, add_root_arguments, load_space, space_info, vae_below
 from cli import Need, Parser, RunStopped, UsageError, check_needs, natural_int, number_in, only, positive_int, warn_once
 from conditions import CHOICES, Captions, Classes
-from configuration import DIT_MUP, UNSEEN, DiTConfig, add_mup_arguments, build_config, unseen, usual_heads
+from configuration import DIT_MUP, UNSEEN, DiTConfig, add_mup_arguments, build_config, is_row, unseen, usual_heads
 from diffusion import classifier_free_guidance
 from families import DiT_models
 from layers import check_attention
@@ -442,7 +442,7 @@ def _choose_encoder(args, weights: checkpoint.Weights) -> text.TextEncoder:
         if args.text_encoder not in (None, recorded["name"]):
             was = recorded["name"]
             raise UsageError(f"--text-encoder {args.text_encoder} contradicts {weights.source}, trained with {was}")
-        return text.recorded_encoder(recorded)
+        return text.open_encoder(**recorded)
     if args.text_encoder is None:
         raise UsageError(f"{weights.source} reads texts and does not tell with which encoder: --text-encoder")
     encoder, width = text.open_encoder(args.text_encoder), weights.config.caption_width
@@ -502,10 +502,8 @@ def _compare_flags(args, weights: checkpoint.Weights, image_size: int) -> None:
     elif args.dim_heads is None:  # then --num_heads was taken at its word
         is_so["num_heads"] = next(iter(usual_heads(config.hidden_size)), config.num_heads)
     said = {name: getattr(args, name) for name in sorted(names)}
-    if args.model is not None:
-        for key, value in DiT_models[args.model].items():
-            if value != getattr(config, key):
-                said["model"], is_so["model"] = args.model, checkpoint.describe(config)
+    if args.model is not None and not is_row(config, args.model):
+        said["model"], is_so["model"] = args.model, checkpoint.describe(config)
     if wrong := [name for name, value in said.items() if value is not None and value != is_so[name]]:
         name = wrong[0]
         flag = cli.said(args, name, said[name])

@@ -74,18 +74,11 @@ def vector(word: str, offset: int, width: int) -> np.ndarray:
 ENCODERS = {Words.name: Words}
 
 
-def open_encoder(name: str) -> TextEncoder:
-    """What `--text-encoder` names. Raises UsageError."""
+def open_encoder(name: str, **settings) -> TextEncoder:
+    """What `--text-encoder` names, or the `record()` of one says. Raises UsageError."""
     if name not in ENCODERS:
         raise unknown_name("text encoder", name, ENCODERS)
-    return ENCODERS[name]()
-
-
-def recorded_encoder(record: dict) -> TextEncoder:
-    """The encoder that a checkpoint was trained with. Raises UsageError."""
-    if record.get("name") not in ENCODERS:
-        raise unknown_name("text encoder", str(record.get("name")), ENCODERS)
-    return ENCODERS[record["name"]](**{name: value for name, value in record.items() if name != "name"})
+    return ENCODERS[name](**settings)
 
 
 def padded(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 import base_shapes
 import cli
@@ -127,8 +128,7 @@ def open_data(args, config: DiTConfig, device: torch.device) -> tuple[MakeBatch,
         def drawn(seed: int) -> tuple[Tensor, Tensor]:
             generator = torch.Generator().manual_seed(seed)
             y = torch.randint(config.num_classes, (count,), generator=generator)
-            shape = (config.in_channels, config.input_size // config.patch_size, config.input_size // config.patch_size)
-            coarse = torch.randn(count, *shape, generator=generator)
+            coarse = torch.randn(count, config.in_channels, config.side, config.side, generator=generator)
             x0 = nn.functional.interpolate(coarse, scale_factor=config.patch_size)
             return x0, y
     else:
@@ -137,12 +137,11 @@ def open_data(args, config: DiTConfig, device: torch.device) -> tuple[MakeBatch,
         facts, space = space_info(vae_path), load_space(vae_path).to(device)
         data = ImageData(args.data_path, args.image_size, facts, args.seed, flip=False)
         channels, side, _ = data.latent_shape
-        config = replace(config, input_size=side, in_channels=channels, num_classes=max(data.num_classes, 1))
+        config = replace(config, input_size=side, in_channels=channels, num_classes=data.num_classes)
 
         def drawn(seed: int) -> tuple[Tensor, Tensor]:
             chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]
-            items = [data[0, index] for index in chosen.tolist()]
-            batch = {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}
+            batch = default_collate([data[0, index] for index in chosen.tolist()])
             batch = {name: value.to(device) for name, value in batch.items()}
             return space.encode(batch["x"], batch.get("vae_noise")), batch["y"]
 
@@ -246,8 +245,9 @@ def outputs_of_layers(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> dict[str, 
             each = module.experts(tokens.repeat(count, 1), ends)  # every expert of every token, whoever was chosen
             outputs.update({f"{name}.experts.{e}": part for e, part in enumerate(each.chunk(count))})
 
-    named = {name: module for name, module in model.named_modules() if name in roles_of_layers(model)}
-    hooks = [module.register_forward_hook(functools.partial(keep, name)) for name, module in named.items()]
+    looked_at = roles_of_layers(model)
+    named = ((name, module) for name, module in model.named_modules() if name in looked_at)
+    hooks = [module.register_forward_hook(functools.partial(keep, name)) for name, module in named]
     outputs["output"] = model(x, t, y)
     for hook in hooks:
         hook.remove()

@@ -158,29 +158,30 @@ def compose(args) -> None:
 
     training, _ = split_digits()
     folder = args.folder
-    if (folder / "captions.jsonl").exists():
-        print(f"{folder}: scenes are there already")
-    else:
-        try:
-            (folder / "images").mkdir(parents=True, exist_ok=True)
-            lines = []
-            for index in range(args.count):
-                made = scenes.scene(training, args.seed, index)
-                name = f"images/{index:06d}.png"
-                Image.fromarray(made.image).save(folder / name)
-                lines.append(json.dumps({"path": name, "caption": made.caption}))
-            _write_lines(folder / "captions.jsonl", lines)
-        except OSError as error:
-            raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from None
-        print(f"{folder}: {args.count} scenes with captions")
+    made = [scenes.scene(training, args.seed, index) for index in range(args.count)]
+    names = [f"images/{index:06d}.png" for index in range(args.count)]
+    table = _lines({"path": name, "caption": each.caption} for name, each in zip(names, made, strict=True))
     prompts = [scenes.scene(training, args.seed, index, new=True) for index in range(args.prompts)]
-    _write_lines(folder / "new.jsonl", [json.dumps({"caption": s.caption, "layout": s.layout}) for s in prompts])
+    try:
+        there = (folder / "captions.jsonl").exists()
+        if there and (folder / "captions.jsonl").read_bytes() != table:
+            raise UsageError(f"{folder} holds other captions than these {args.count}; delete it or name another folder")
+        if not there:
+            (folder / "images").mkdir(parents=True, exist_ok=True)
+            for name, each in zip(names, made, strict=True):
+                Image.fromarray(each.image).save(folder / name)
+            with replacing(folder / "captions.jsonl") as file:  # last: an interrupted call is simply repeated
+                file.write(table)
+        with replacing(folder / "new.jsonl") as file:
+            file.write(_lines({"caption": each.caption, "layout": each.layout} for each in prompts))
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from None
+    print(f"{folder}: {args.count} scenes with captions {'are there already' if there else 'written'}")
     print(f"{folder / 'new.jsonl'}: {args.prompts} prompts for pairs that no scene has")
 
 
-def _write_lines(path: Path, lines: list[str]) -> None:
-    with replacing(path) as file:
-        file.write("".join(f"{line}\n" for line in lines).encode())
+def _lines(rows) -> bytes:
+    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
 
 
 def judge(args) -> None:

@@ -41,12 +41,12 @@ def test_words_are_the_same_always_and_know_their_neighbours():
 
 def test_a_recorded_encoder_is_the_same_one():
     encoder = text.Words(width=32, length=9)
-    again = text.recorded_encoder(encoder.record())
+    again = text.open_encoder(**encoder.record())
     assert torch.equal(again(["two words"])[0], encoder(["two words"])[0]) and again.length == 9
     with pytest.raises(UsageError, match="unknown text encoder 'wrods'; did you mean words"):
         text.open_encoder("wrods")
     with pytest.raises(UsageError, match="unknown text encoder"):
-        text.recorded_encoder({"name": "t5"})
+        text.open_encoder("t5", width=8)
 
 
 # ------------------------------------------------------------------------------------------------------------- captions
@@ -222,6 +222,9 @@ def test_images_of_prompts(run, tmp_path):
     script(*draw, "--prompt-file", tmp_path / "prompts.txt", "--output", tmp_path / "file")
     assert np.array_equal(np.load(tmp_path / "file" / "samples.npz")["arr_0"], both)
     scenes_of = run.parent.parent / "scenes" / "new.jsonl"
+    compose = ["scripts/digits.py", "compose", scenes_of.parent, "--prompts", 3, "--count"]
+    assert "are there already" in script(*compose, 24).stdout
+    assert "holds other captions than these 25" in script(*compose, 25, check=2).stderr
     script(*draw, "--prompt-file", scenes_of, "--output", tmp_path / "new")
     said = script("scripts/digits.py", "judge", tmp_path / "new" / "samples.npz", scenes_of).stdout
     assert "of 12 are as asked for" in said and "of 6 digits" in said
@@ -235,7 +238,7 @@ def test_other_words_make_another_image(run):
 
     weights = checkpoint.load_weights(run, "model")  # the average has hardly moved
     model, kind = weights.build().eval(), weights.condition
-    encoder = text.recorded_encoder(weights.record["text"])
+    encoder = text.open_encoder(**weights.record["text"])
     x, t = torch.randn(1, 3, 16, 16), torch.tensor([0.5])
     outs = [model(x, t, encoder([words])) for words in ("a seven at the top left", "a two at the top left")]
     assert kind.known and not torch.equal(*outs)
