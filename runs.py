@@ -403,7 +403,7 @@ def _choose(args, processes: distributed.Processes) -> Choices:
     args.precision = choose_precision(args.precision, processes.device)
     if (args.data_path is None) == (args.feature_path is None):
         raise UsageError("give either --data-path (a folder of images per class) or --feature-path (latents)")
-    if args.data_path is not None:
+    if args.data_path is not None and args.text_encoder is None:  # captions may be a file
         require_folder(args.data_path, "data path")
     args.accum_iter = choose_accumulation(args, processes.world_size)
     args.vae_path = vae_below(args, args.vae_path)

@@ -177,7 +177,15 @@ def run(tmp_path_factory):
     """4 steps on 24 scenes, drawn from at the end; resumed from the second on two shards."""
     home = tmp_path_factory.mktemp("text")
     script("scripts/digits.py", "compose", home / "scenes", "--count", 24, "--prompts", 3)
-    flags = [*TINY, "--data-path", home / "scenes", "--results-dir", home / "runs", "--ckpt-every", 2]
+    flags = [
+        *TINY,
+        "--data-path",
+        home / "scenes" / "captions.jsonl",
+        "--results-dir",
+        home / "runs",
+        "--ckpt-every",
+        2,
+    ]
     script("train.py", *flags, "--max-steps", 4, "--sample-every", 4)
     return next((home / "runs").iterdir())
 
@@ -289,4 +297,6 @@ def test_texts_and_classes_do_not_mix(run, tmp_path):
     assert "--num_classes does nothing" in refused(
         "--data-path", scenes_of, "--text-encoder", "words", "--num-classes", 3
     )
+    assert "nowhere does not exist" in refused("--data-path", "nowhere", "--text-encoder", "words")
+    assert "nowhere.csv cannot be read" in refused("--data-path", "nowhere.csv", "--text-encoder", "words")
     assert "unknown text encoder 'wrods'" in refused("--data-path", scenes_of, "--text-encoder", "wrods")
