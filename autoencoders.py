@@ -6,7 +6,6 @@ N batch, C latent channels, H W image height and width, h w latent height and wi
 import argparse
 import hashlib
 import os
-import textwrap
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +17,11 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from cli import UsageError
+from hub import brief, file_of, place_of
 from records import read_record
 
 VAE_NAMES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
-HUB_TIMEOUT = 3  # seconds until an unreachable hub is given up
 
 
 @dataclass
@@ -171,7 +170,7 @@ def space_info(vae_path: str) -> SpaceInfo:
     """
     if vae_path == "none":
         return PixelSpace()
-    name = _vae_name(vae_path)
+    name = place_of(vae_path, VAE_NAMES, "autoencoder")
     config_file = _vae_file(name, "config.json")
     config = read_record(Path(config_file), AutoencoderConfig)
     kind = config.get("_class_name") or config.get("model_type") or "model of unknown kind"
@@ -187,42 +186,6 @@ def space_info(vae_path: str) -> SpaceInfo:
     )
 
 
-def _vae_name(vae_path: str) -> str:
-    """An absolute path for what is a folder here, a hub name for the rest. Raises UsageError for a misspelt folder."""
-    path = os.path.expanduser(vae_path)
-    if os.path.isdir(path):
-        return os.path.abspath(path)  # a checkpoint keeps it, and sampling may start in another folder
-    if os.path.exists(path):
-        raise UsageError(f"autoencoder path {path} is a file; expected the folder that holds its config.json")
-    name = VAE_NAMES.get(path, path)
-    if path.startswith(("/", ".", "~")) or name.count("/") != 1:
-        raise UsageError(f"autoencoder path {path} does not exist; a hub name has the form owner/name")
-    return name
-
-
 def _vae_file(name: str, filename: str) -> str:
-    """Path of one of an autoencoder's files; `name` as from `_vae_name`. What the hub has not cached is downloaded."""
-    if os.path.isabs(name):
-        for folder in (name, os.path.join(name, "vae")):
-            if os.path.isfile(os.path.join(folder, filename)):
-                return os.path.join(folder, filename)
-        raise UsageError(f"no {filename} in {name}, nor in a folder vae in it: expected an AutoencoderKL")
-
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HTTPError  # the base class of whichever HTTP client the hub uses
-
-    try:
-        if isinstance(cached := try_to_load_from_cache(name, filename), str):
-            return cached
-        # Asked first, and once: hf_hub_download tries a silent network again and again for most of a minute.
-        get_hf_file_metadata(hf_hub_url(name, filename), timeout=HUB_TIMEOUT)
-        return hf_hub_download(name, filename)
-    except (OSError, HTTPError, ValueError) as error:
-        raise UsageError(
-            f"autoencoder {name} is no folder here and not in the hub's local cache, and its {filename} cannot be "
-            f"fetched ({brief(error)}); download it where there is a network and give its folder as autoencoder path"
-        ) from error
-
-
-def brief(error: Exception) -> str:
-    return textwrap.shorten(str(error), 300)
+    """Path of one of an autoencoder's files, of which `name` is the place."""
+    return file_of(name, filename, "autoencoder", below=["vae"])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cli import UsageError, unknown_name, warn_once
+from diffusion.guidance import of_one_size
 
 
 @dataclass(frozen=True)
@@ -131,12 +132,14 @@ class Prompts(NamedTuple):
 class Captions:
     """Texts; `encode` makes features of them, and a batch is a `Prompts`.
 
-    As published, the null caption is as long as the caption whose place it takes.
+    What stands for no text is `nothing`, itself a text, such as the empty one; or the network's own null caption, which
+    is, as published, as long as the caption whose place it takes.
     """
 
     width: int  # C
     length: int  # tokens of a text, at most
     dropout: float = 0.0
+    nothing: str | None = None  # None: the network's null caption
     encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]] | None = None  # -> (N, L, C), (N, L) bool
     known: tuple[str, ...] = ()  # some texts of the training data, for what draws without being asked
 
@@ -148,7 +151,11 @@ class Captions:
         return True if self.dropout > 0 else None
 
     def drop(self, batch: Prompts, u: Tensor) -> Prompts:
-        return batch._replace(null=u < self.dropout)
+        dropped = u < self.dropout
+        if self.nothing is None:
+            return batch._replace(null=dropped)
+        pairs = (of_one_size(*pair) for pair in zip(batch, self.null_of(batch), strict=True))
+        return Prompts(*(torch.where(_beside(dropped, there), nothing, there) for there, nothing in pairs))
 
     def batch(self, requests: Sequence[str], device: torch.device) -> Prompts:
         if self.encode is None:
@@ -165,7 +172,12 @@ class Captions:
         return Prompts(features, mask, torch.zeros(1, dtype=torch.bool, device=device))
 
     def null_of(self, batch: Prompts) -> Prompts | None:
-        return None if self.null is None else batch._replace(null=torch.ones_like(batch.null))
+        if self.null is None:
+            return None
+        if self.nothing is None:
+            return batch._replace(null=torch.ones_like(batch.null))
+        one, count = self.batch([self.nothing], batch.mask.device), len(batch.mask)
+        return Prompts(*(each.expand(count, *each.shape[1:]) for each in one))
 
     # ------------------------------------------------------------------------------------------------------ of requests
 
@@ -185,6 +197,11 @@ class Captions:
 
     def name(self, request: str) -> str:
         return request
+
+
+def _beside(flags: Tensor, values: Tensor) -> Tensor:
+    """(N,) -> (N, 1, ...), for `torch.where` over values (N, ...)."""
+    return flags.view(-1, *[1] * (values.ndim - 1))
 
 
 def random_labels(classes: Classes, count: int, seed: int) -> list[int]:

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from cli import Parser, UsageError, boolean, natural_int, number_in, positive_int, power_of_two, unknown_name
 from conditions import Captions, Classes
 from families import DiT_models, family_of_row
-from layers import MLPS, MODULATIONS, MOST_POSITIONS, NORMS, POSITIONS, QK_NORMS
+from layers import MLPS, MODULATIONS, MOST_POSITIONS, NORMS, POSITIONS, QK_NORMS, READINGS
 from moe import EXPERTS, ExpertsConfig
 from parametrization import PARAMETRIZATIONS, is_mup
 from records import check_record
@@ -45,11 +45,13 @@ LIMITS = {  # what a configuration may ask for, so that a broken file builds no 
     "caption_width": (0, 2**16),
     "caption_length": (0, 2**14),
     "output_mult": (2.0**-30, 2.0**30),
+    "rope_scaling": (1e-3, 1e3),
 }
 CHOICES = {
     **{"norm": NORMS, "positions": POSITIONS, "mlp": MLPS, "qk_norm": QK_NORMS, "expert_mlp": EXPERTS},
     "parametrization": PARAMETRIZATIONS,
     "modulation": MODULATIONS,
+    "reading": READINGS,
 }
 
 
@@ -68,9 +70,12 @@ class DiTConfig:
     condition_width: int = 0  # of time and class, which modulate the blocks; 0: D
     caption_width: int = 0  # of the features of a text's tokens; 0: the network is conditioned on classes
     caption_length: int = 0  # tokens of a text, at most
-    modulation: str = "block"  # how time and class modulate the blocks: a key of layers.MODULATIONS
+    reading: str = "cross"  # how blocks read texts: one of layers.READINGS; "gated": the condition has them too
+    modulation: str = "block"  # how time and class modulate the blocks: one of layers.MODULATIONS
     norm: str = "layer"  # before attention and MLP: a key of layers.NORMS
     positions: str = "sincos"  # a key of layers.POSITIONS
+    rope_scaling: float = 1.0  # what rotary positions are divided by
+    row_ends: bool = False  # a token behind each row of patches, and room for images of other proportions
     num_kv_heads: int = 0  # heads of keys and values; 0: as many as of queries
     attention_bias: bool = True
     qk_norm: str = (
@@ -115,7 +120,12 @@ class DiTConfig:
                 f"input of {self.input_size}x{self.input_size} cannot be cut into patches of {self.patch_size}; "
                 f"choose a model with another patch size or another image size"
             )
-        if self.positions == "rope" and (self.input_size // self.patch_size) ** 2 > MOST_POSITIONS:
+        if self.row_ends and self.positions != "rope":
+            raise UsageError(f"row_ends need positions rope, which count them, not {self.positions}")
+        if self.positions == "sincos" and self.rope_scaling != 1:
+            raise UsageError(f"rope_scaling {self.rope_scaling} does nothing for positions sincos; use rope")
+        too_many = self.positions == "rope" and not self.row_ends and self.side**2 > MOST_POSITIONS
+        if too_many:
             raise UsageError(
                 f"rope has {MOST_POSITIONS} positions, an input of {self.input_size}x{self.input_size} in patches of "
                 f"{self.patch_size} has {(self.input_size // self.patch_size) ** 2}; use smaller images, or rope2d"
@@ -157,7 +167,8 @@ class DiTConfig:
     def condition(self) -> Classes | Captions:
         """What images are of."""
         if self.caption_width:
-            return Captions(self.caption_width, self.caption_length, self.class_dropout_prob)
+            nothing = "" if self.reading == "gated" else None
+            return Captions(self.caption_width, self.caption_length, self.class_dropout_prob, nothing)
         return Classes(self.num_classes, dropout=self.class_dropout_prob)
 
     @property
@@ -359,6 +370,10 @@ MODEL_FLAGS = {  # field of DiTConfig: options of its flag, which has its name
         metavar="KIND",
         help="none, head, full, or True for the family's (default: none; XL and G with experts: head, as published)",
     ),
+    "reading": dict(choices=READINGS, help="how blocks read texts (default: cross; Large-DiT: gated)"),
+    "rope_scaling": dict(
+        type=number_in(*LIMITS["rope_scaling"]), help="rotary positions are divided by it (default: 1)"
+    ),
     "parametrization": dict(
         choices=PARAMETRIZATIONS, help="mup: learning rates found on a narrow model suit a wide one (default: standard)"
     ),
@@ -382,6 +397,12 @@ def add_model_arguments(parser: Parser):
     for name in MODEL_FLAGS:
         _add_flag(group, name)
     _add_published_flags(group)
+    group.add_argument(
+        "--rope-scaling-factor", dest="rope_scaling", type=number_in(*LIMITS["rope_scaling"]), help="--rope-scaling"
+    )
+    group.add_argument(
+        "--caption-dropout-prob", dest="class_dropout_prob", type=number_in(0, 1), help="--class-dropout-prob"
+    )
     return group
 
 
@@ -451,6 +472,9 @@ def unseen(config: DiTConfig) -> dict:
     return {name: getattr(config, name) for name in (*of_experts, *(MUP_FIELDS if is_mup(config) else MUP_FIELDS[:1]))}
 
 
+OF_TEXTS = {"cross": "y_embedder.y_embedding", "gated": "y_embedder.norm.weight"}  # a parameter of each way to read
+
+
 def usual_heads(width: int) -> list[int]:
     """How many heads the rows of this hidden size have."""
     return sorted({row["num_heads"] for row in DiT_models.values() if row["hidden_size"] == width})
@@ -466,9 +490,9 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], **known) -> DiTConfig:
     Raises:
         UsageError: these are not the names of a DiT, or the heads are in no table.
     """
-    of_texts = "y_embedder.y_proj.fc1.weight" in shapes
+    reading = next((kind for kind, name in OF_TEXTS.items() if name in shapes), None)
     expected = ["x_embedder.proj.weight", "t_embedder.mlp.0.weight"]
-    expected += ["y_embedder.y_embedding" if of_texts else "y_embedder.embedding_table.weight"]
+    expected += ["y_embedder.embedding_table.weight" if reading is None else OF_TEXTS[reading]]
     expected += ["blocks.0.attn.qkv.weight", "final_layer.linear.weight"]
     if absent := [name for name in expected if name not in shapes]:
         raise UsageError(f"these are not the weights of a DiT: no {absent[0]} among {len(shapes)} names")
@@ -483,12 +507,16 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], **known) -> DiTConfig:
         "norm": "rms" if "blocks.0.norm1.weight" in shapes else "layer",
         "attention_bias": "blocks.0.attn.qkv.bias" in shapes,
     }
-    if of_texts:
+    if reading == "cross":
         config["caption_length"], config["caption_width"] = shapes["y_embedder.y_embedding"]
+    elif reading == "gated":  # the null caption is the empty one, whose length tells nothing
+        config |= {"reading": reading, "caption_width": shapes["y_embedder.norm.weight"][0], "caption_length": 128}
     else:
         config["num_classes"] = shapes["y_embedder.embedding_table.weight"][0] - 1
     if "t_block.1.weight" in shapes:
         config["modulation"] = "single"
+    if "row_ends.eol_token" in shapes:
+        config["row_ends"] = True
     if config["norm"] == "rms" and "pos_embed" not in shapes:  # that is Large-DiT
         config["positions"] = "rope"
     if (conditioning := shapes["t_embedder.mlp.0.weight"][0]) != width:

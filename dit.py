@@ -26,6 +26,7 @@ ROWS |= {  # DiT-muP (arXiv 2505.15270): heads of 72, trained under muP
 QK_NORM = "head"
 EXPERTS_ARE_MLPS = False  # experts of 4 D, whatever the feed-forward
 TRAINING: dict = {}
+TEXTS: dict = {}
 MARK = re.compile(r"blocks\.0\.attn\.(qkv|Wqkv)\.weight")
 
 EXPERTS = (

@@ -27,11 +27,11 @@ import distributed
 import image_files
 import metrics
 import sampling
-from autoencoders import brief
 from cli import UsageError
 from data import IMAGE_ERRORS, FileSamples, center_crop, images_by_class, is_data, load_image
 from extractors import Extractor, full_precision, load_extractor
 from files import digest, replacing
+from hub import brief
 from records import BadRecord, check_arrays, parse_record
 
 VERSION = 1  # of the evaluator: another one may give other numbers for the same images

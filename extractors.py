@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import checkpoint
-from autoencoders import HUB_TIMEOUT, brief
 from cli import UsageError
 from distributed import Processes
 from files import digest
+from hub import HUB_TIMEOUT, brief
 from metrics import pixel_features
 
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"

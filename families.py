@@ -8,6 +8,7 @@ What a family's module has:
     QK_NORM          which one its published models have, where they have one
     EXPERTS_ARE_MLPS whether an expert is as wide as the feed-forward, where no flag says how wide
     TRAINING         flags of train.py whose defaults are others
+    TEXTS            fields of `DiTConfig` that its rows have when they read texts
     find_folder, read_folder, known, description    where its checkpoints are folders, and what these tell
     write_folder                                    and how such a folder is written
 

@@ -1,7 +1,8 @@
 """Large-DiT, the diffusion transformer with LLaMA's parts: its sizes, the names in its files, its checkpoint folders.
 
 A folder holds `consolidated[_ema].MM-of-NN.pth`, one file for each of the NN processes over which the tensors were
-split, and `model_args.pth`, the flags of its training. Facts of the public code, LLaMA2-Accessory's Large-DiT-ImageNet.
+split, and `model_args.pth`, the flags of its training. Facts of the public code, LLaMA2-Accessory's Large-DiT-ImageNet
+and Large-DiT-T2I: the latter reads texts, and images of several proportions.
 """
 
 import argparse
@@ -26,16 +27,23 @@ COMMON = {
     **{"patch_size": 2, "norm": "rms", "positions": "rope", "mlp": "swiglu"},
     **{"attention_bias": False, "mlp_multiple": 256},
 }
+TEXTS = {"reading": "gated", "row_ends": True}  # of a row that reads texts
+OF_LLAMA = {"caption_width": 4096, "caption_length": 128}
+
+
+def _row(depth: int, width: int, heads: int) -> dict:
+    condition_width = 1024 if width > 1024 else 0
+    return {"depth": depth, "hidden_size": width, "num_heads": heads, "condition_width": condition_width, **COMMON}
+
+
 ROWS = {
-    name: {
-        "depth": depth,
-        "hidden_size": width,
-        "num_heads": heads,
-        "condition_width": 1024 if width > 1024 else 0,
-        **COMMON,
-    }
-    for size, (depth, width, heads) in SIZES.items()
-    for name in (f"Large-DiT-{size}/2", f"DiT_Llama_{size}_patch2")
+    name: _row(*size) | more
+    for size_name, size in SIZES.items()
+    for name, more in {
+        f"Large-DiT-{size_name}/2": {},
+        f"DiT_Llama_{size_name}_patch2": {},  # as published; with a text encoder it is the next one
+        f"Large-DiT-T2I-{size_name}/2": TEXTS | OF_LLAMA,
+    }.items()
 }
 QK_NORM = "full"
 EXPERTS_ARE_MLPS = True
@@ -66,6 +74,14 @@ NAMES = NAMES_WRITTEN = NameMap(
     rule("blocks.{b}.mlp.gate_up_proj.weight", *(f"layers.{{b}}.feed_forward.w{part}.weight" for part in "13")),
     rule("blocks.{b}.mlp.down_proj.weight", "layers.{b}.feed_forward.w2.weight"),
     rule("blocks.{b}.adaLN_modulation.1.{w}", "layers.{b}.adaLN_modulation.1.{w}"),
+    rule("row_ends.eol_token", "eol_token"),
+    rule("row_ends.pad_token", "pad_token"),
+    rule("y_embedder.norm.{w}", "cap_embedder.0.{w}"),
+    rule("y_embedder.proj.{w}", "cap_embedder.1.{w}"),
+    rule("blocks.{b}.attn.text.norm.weight", "layers.{b}.attention_y_norm.weight"),
+    rule("blocks.{b}.attn.text.kv.weight", *(f"layers.{{b}}.attention.w{part}_y.weight" for part in "kv")),
+    rule("blocks.{b}.attn.text.k_norm.{w}", "layers.{b}.attention.ky_norm.{w}"),
+    rule("blocks.{b}.attn.text.gate", "layers.{b}.attention.gate"),
     # Mixtures are this project's own; their names follow those of the feed-forward.
     rule("blocks.{b}.moe.gate.weight", "layers.{b}.feed_forward.gate.weight"),
     rule(
@@ -83,8 +99,13 @@ NAMES = NAMES_WRITTEN = NameMap(
 
 def spells(config) -> bool:
     """Whether a model has nothing that these names have no word for."""
-    return all(getattr(config, name) == COMMON[name] for name in ("norm", "positions", "mlp", "attention_bias")) and (
-        config.patch_size == 2 and config.qk_norm in ("none", "full") and config.expert_mlp == "swiglu"
+    alike = all(getattr(config, name) == COMMON[name] for name in ("norm", "positions", "mlp", "attention_bias"))
+    texts = all(getattr(config, name) == value for name, value in TEXTS.items()) or not config.caption_width
+    return (
+        alike
+        and texts
+        and config.modulation == "block"
+        and (config.patch_size == 2 and config.qk_norm in ("none", "full") and config.expert_mlp == "swiglu")
     )
 
 
@@ -94,9 +115,10 @@ PART = re.compile(r"consolidated(?P<ema>_ema)?\.(?P<part>\d+)-of-(?P<count>\d+)\
 ARGS = "model_args.pth"
 BY_COLUMNS = re.compile(r".*\.(wo|w2)\.weight|t_embedder\.mlp\.2\.weight|y_embedder\.embedding_table\.weight")
 BY_ROWS = re.compile(
-    r"x_embedder\.(weight|bias)|t_embedder\.mlp\.0\.(weight|bias)|.*\.w[qkv13]\.weight|.*adaLN_modulation\.1\.(weight|bias)"
-    r"|final_layer\.linear\.(weight|bias)|.*\.[qk]_norm\.(weight|bias)"
+    r"(x_embedder|t_embedder\.mlp\.0|.*adaLN_modulation\.1|final_layer\.linear|cap_embedder\.1)\.(weight|bias)"
+    r"|.*\.(w[qkv13]|w[kv]_y)\.weight|.*\.attention\.gate"
 )
+OF_A_PROCESS = re.compile(r".*\.(q|k|ky)_norm\.(weight|bias)")  # of the heads that it has
 
 
 def find_folder(path: Path) -> Path | None:
@@ -164,23 +186,33 @@ def write_folder(folder: Path, which: str, tensors: Mapping[str, Tensor], config
     if what := next((what for what, is_so in unknown.items() if is_so), None):
         raise UsageError(f"the public code's folders know no {what}; write a .safetensors or .pt file")
     vae = record.get("space", {}).get("path")
-    args = argparse.Namespace(
-        model=model,
-        image_size=record.get("image_size", 8 * config.input_size),
-        num_classes=config.num_classes,
-        qk_norm=config.qk_norm == "full",
-        vae=vae if vae in ("ema", "mse") else "ema",
-        model_parallel_size=1,
-    )
+    args = {
+        "model": model,
+        "image_size": record.get("image_size", 8 * config.input_size),
+        "qk_norm": config.qk_norm == "full",
+        "vae": vae if vae in ("ema", "mse") else "ema",
+        "model_parallel_size": 1,
+    }
+    if config.caption_width:
+        encoder = record.get("text", {}).get("name", "meta-llama/Llama-2-7b-hf")
+        args |= {"lm": encoder, "tokenizer_path": encoder, "max_text_tokens": config.caption_length}
+        args["rope_scaling_factor"] = config.rope_scaling
+    else:
+        args["num_classes"] = config.num_classes
     stem = "consolidated_ema" if which == "ema" else "consolidated"
     torch.save(dict(tensors), folder / f"{stem}.00-of-01.pth")
-    torch.save(args, folder / ARGS)
+    torch.save(argparse.Namespace(**args), folder / ARGS)
 
 
 def known(args: dict) -> dict:
     """The fields of `DiTConfig` that flags tell of a model and shapes do not."""
     found = {"num_heads": ROWS[args["model"]]["num_heads"]} if args.get("model") in ROWS else {}
-    return found | ({"input_size": args["image_size"] // 8} if isinstance(args.get("image_size"), int) else {})
+    if isinstance(args.get("image_size"), int):
+        found["input_size"] = args["image_size"] // 8
+    if isinstance(args.get("lm"), str):
+        found["caption_length"] = args.get("max_text_tokens", OF_LLAMA["caption_length"])
+        found["rope_scaling"] = args.get("rope_scaling_factor", 1.0)
+    return found
 
 
 def description(args: dict) -> dict:
@@ -188,6 +220,8 @@ def description(args: dict) -> dict:
     found = {"objective": {"name": "ddpm"}}
     if args.get("vae") in ("ema", "mse"):
         found["space"] = {"path": args["vae"]}
+    if isinstance(args.get("lm"), str):
+        found["text"] = {"name": args["lm"], "length": args.get("max_text_tokens", OF_LLAMA["caption_length"])}
     return found | ({"image_size": args["image_size"]} if isinstance(args.get("image_size"), int) else {})
 
 
@@ -199,7 +233,7 @@ def _join(parts: list[Mapping[str, Tensor]], paths: list[Path]) -> dict[str, Ten
     """Tensors that fairscale split over processes: by rows, by columns, or not at all."""
     joined = {}
     for name, first in parts[0].items():
-        if ".q_norm." in name or ".k_norm." in name:
+        if OF_A_PROCESS.fullmatch(name):
             raise UsageError(
                 f"{paths[0].parent} is split over {len(parts)} processes and has QK-norm ({name}), which there is of "
                 "the heads of each process: no whole model computes the same; give a folder of one part"

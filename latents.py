@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from autoencoders import SpaceInfo, brief
+from autoencoders import SpaceInfo
 from cli import UsageError
 from configuration import LIMITS
 from data import (
@@ -44,6 +44,7 @@ from data import (
     successors,
 )
 from files import digest, digest_of, replace_json
+from hub import brief
 from records import BadRecord, Name, read_record
 
 FORMAT = 1

@@ -8,6 +8,7 @@ Each kind of part that a model may choose is a row of a table: `NORMS`, `QK_NORM
 
 import contextlib
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +134,7 @@ class Attention(nn.Module):
     Args:
         num_kv_heads: fewer keys and values than queries, each for as many heads (arXiv 2305.13245).
         qk_norm: one of `QK_NORMS`.
+        caption_width: of the features of a text that the same queries read besides; 0: they read none.
         bias: of both projections. Without, query, key and value are projections that are drawn one by one.
     """
 
@@ -143,6 +145,7 @@ class Attention(nn.Module):
         num_kv_heads: int | None = None,
         qk_norm: str = "none",
         bias: bool = True,
+        caption_width: int = 0,
     ):
         super().__init__()
         head, kv_heads = hidden_size // num_heads, num_kv_heads or num_heads
@@ -157,8 +160,13 @@ class Attention(nn.Module):
         self.q_norm = nn.Identity() if qk_norm == "none" else QKNorm(widths[0], eps)
         self.k_norm = nn.Identity() if qk_norm == "none" else QKNorm(widths[1], eps)
         self.proj = nn.Linear(hidden_size, hidden_size, bias=bias)
+        if caption_width:
+            self.text = GatedReading(caption_width, head, self.heads, qk_norm)
+        self.reads = caption_width > 0
 
-    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Tensor | None = None, text: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         q, k, v = self.qkv(x).split(self.rows, dim=-1)  # (N, T, heads * d)
         if not self.norms_heads:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -168,8 +176,47 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        out = attend(*(each.transpose(1, 2) for each in (q, k, v)), self.backend)  # (N, h, T, d)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        out = attend(q, k, v, self.backend)  # (N, h, T, d)
+        if self.reads:
+            out = out + self.text(q, text, mask).to(out.dtype)
         return self.proj(out.transpose(1, 2).flatten(2))  # (N, T, D)
+
+
+class GatedReading(nn.Module):
+    """What the queries of a self-attention read in a text's features (N, L, C), times tanh of a gate for each head.
+
+    As Large-DiT-T2I has it: the text's keys are not turned, and the result joins that of the self-attention.
+    """
+
+    def __init__(self, caption_width: int, head: int, heads: tuple[int, int, int], qk_norm: str):
+        super().__init__()
+        self.heads = heads
+        width, self.norms_heads = head * heads[1], qk_norm == "head"
+        self.norm = nn.RMSNorm(caption_width, RMS_EPS)
+        self.kv = nn.Linear(caption_width, 2 * width, bias=False)  # rows: [k; v] x heads x d
+        self.kv.drawn_apart, self.kv.roles = [width, width], {"weight": "input"}
+        normed, eps = (head, NORM_EPS) if self.norms_heads else (width, RMS_EPS)
+        self.k_norm = nn.Identity() if qk_norm == "none" else QKNorm(normed, eps)
+        self.gate = nn.Parameter(torch.zeros(heads[0]))
+
+    def forward(self, q: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """(N, h, T, d) queries, (N, L, C) features, (N, L) which there are -> (N, h, T, d)."""
+        text = F.rms_norm(text.float(), self.norm.normalized_shape, self.norm.weight.float(), self.norm.eps)
+        k, v = self.kv(text.to(self.kv.weight.dtype)).chunk(2, dim=-1)  # (N, L, heads * d)
+        if not self.norms_heads:
+            k = self.k_norm(k)
+        k, v = (each.unflatten(-1, (heads, -1)) for each, heads in zip((k, v), self.heads[1:], strict=True))
+        if self.norms_heads:
+            k = self.k_norm(k)
+        k, v = (each.transpose(1, 2).to(q.dtype) for each in (k, v))
+        shared = self.heads[0] != self.heads[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], enable_gqa=shared)
+        return self.gate.tanh().view(-1, 1, 1) * out
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.gate)
+        nn.init.ones_(self.norm.weight)
 
 
 class CrossAttention(nn.Module):
@@ -198,15 +245,22 @@ THETA = 1e4  # of rotary positions, as published
 MOST_POSITIONS = 4096  # of 1-D rotary ones, as published
 
 
-def rotary_1d(side: int, head: int, device: torch.device) -> Tensor:
-    """Rotary positions (arXiv 2104.09864) of side*side tokens in raster order: (T, d/2, 2) fp32, cosine and sine."""
-    return _rotations(torch.arange(side * side, device=device), head)
+def rotary_1d(side: int, head: int, device: torch.device, scaling: float = 1.0, ends: bool = False) -> Tensor:
+    """Rotary positions (arXiv 2104.09864) of side*side tokens in raster order: (T, d/2, 2) fp32, cosine and sine.
+
+    Args:
+        scaling: what positions are divided by.
+        ends: the sequence is that of `RowEnds`.
+    """
+    count = sequence_length(side) if ends else side * side
+    return _rotations(torch.arange(count, device=device) / scaling, head)
 
 
-def rotary_2d(side: int, head: int, device: torch.device) -> Tensor:
-    """The same with the first half of each head turned by the row, the second by the column."""
+def rotary_2d(side: int, head: int, device: torch.device, scaling: float = 1.0, ends: bool = False) -> Tensor:
+    """The same with the first half of each head turned by the row, the second by the column; there are no ends."""
     place = torch.arange(side * side, device=device)
-    return torch.cat([_rotations(place // side, head // 2), _rotations(place % side, head // 2)], dim=1)
+    row, column = place // side / scaling, place % side / scaling
+    return torch.cat([_rotations(row, head // 2), _rotations(column, head // 2)], dim=1)
 
 
 def _rotations(positions: Tensor, width: int) -> Tensor:
@@ -280,6 +334,50 @@ def timestep_embedding(t: Tensor, dim: int = 256) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def sequence_length(side: int) -> int:
+    """Of `RowEnds`: room for any image of side*side patches that has at most 2*side rows."""
+    return side * (side + 2)
+
+
+class RowEnds(nn.Module):
+    """Patches of images of several sizes as sequences of one length: a learned token ends each row, others fill it up.
+
+    As Large-DiT-T2I has it; nothing masks these tokens, whose outputs are left out.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.eol_token = nn.Parameter(torch.empty(hidden_size))
+        self.pad_token = nn.Parameter(torch.empty(hidden_size))
+        self.roles = {"eol_token": "table", "pad_token": "table"}
+
+    def forward(self, grids: Sequence[Tensor], length: int) -> Tensor:
+        """Patches (N, rows, columns, D), or of each image (1, rows, columns, D) -> (N, length, D).
+
+        Raises:
+            UsageError: an image has more.
+        """
+        rows = []
+        for grid in grids:
+            end = self.eol_token.to(grid.dtype).expand(*grid.shape[:2], 1, -1)
+            row = torch.cat([grid, end], dim=2).flatten(1, 2)
+            if row.shape[1] > length:
+                size = f"{grid.shape[1]} rows of {grid.shape[2]} patches"
+                raise UsageError(f"an image of {size} does not fit into a sequence of {length} tokens")
+            pad = self.pad_token.to(grid.dtype).expand(len(row), length - row.shape[1], -1)
+            rows.append(torch.cat([row, pad], dim=1))
+        return torch.cat(rows)
+
+    @staticmethod
+    def without(x: Tensor, rows: int, columns: int) -> Tensor:
+        """(N, length, ...) -> (N, rows * columns, ...): the patches alone."""
+        return x[:, : rows * (columns + 1)].unflatten(1, (rows, columns + 1))[:, :, :columns].flatten(1, 2)
+
+    def reset_parameters(self) -> None:
+        for token in (self.eol_token, self.pad_token):
+            nn.init.normal_(token, std=0.02)
+
+
 class TimestepEmbedder(nn.Module):
     """Network time (N,) -> (N, c)."""
 
@@ -324,15 +422,37 @@ class CaptionEmbedder(nn.Module):
         self.y_proj.fc1.roles = {"weight": "input"}
         self.register_buffer("y_embedding", torch.empty(length, width))  # never trained
 
-    def forward(self, features: Tensor, null: Tensor | None) -> Tensor:
+    def forward(self, features: Tensor, mask: Tensor, null: Tensor | None) -> tuple[None, Tensor]:
+        """What joins the condition: nothing; and what blocks read."""
         features = features.to(self.y_proj.fc1.weight.dtype)
         if null is not None:
             nothing = self.y_embedding[: features.shape[1]].to(features.dtype)
             features = torch.where(null[:, None, None], nothing, features)
-        return self.y_proj(features)
+        return None, self.y_proj(features)
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.y_embedding, std=self.y_embedding.shape[1] ** -0.5)
+
+
+class CaptionSummary(nn.Module):
+    """The mean of a text's features (N, L, C), normed and projected to the condition (N, c); blocks read them as is."""
+
+    def __init__(self, width: int, condition_width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, RMS_EPS)
+        self.proj = nn.Linear(width, condition_width)
+        self.proj.roles = {"weight": "input"}
+
+    def forward(self, features: Tensor, mask: Tensor, null: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What joins the condition, and what blocks read. A text of nothing is the empty one, not `null`."""
+        there = mask.unsqueeze(-1).float()
+        mean = (features.float() * there).sum(dim=1) / there.sum(dim=1).clamp(min=1)
+        return self.proj(self.norm(mean.to(self.norm.weight.dtype))), features
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.norm.weight)
+        nn.init.zeros_(self.norm.bias)
+        nn.init.zeros_(self.proj.weight)
 
 
 class SharedModulation(nn.Sequential):
@@ -354,6 +474,7 @@ class TableModulation(nn.Module):
         return (self.table + c.unflatten(1, (-1, self.table.shape[1]))).flatten(1)
 
 
+READINGS = ("cross", "gated")  # of texts: `CrossAttention` behind the self-attention, or `GatedReading` within it
 MODULATIONS = ("block", "single")  # each block's own, or one for all and a table for each
 
 

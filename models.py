@@ -8,7 +8,7 @@ published one.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,18 @@ from layers import (
     POSITIONS,
     Attention,
     CaptionEmbedder,
+    CaptionSummary,
     CrossAttention,
     LabelEmbedder,
     Modulation,
     PatchEmbed,
     Readout,
+    RowEnds,
     SharedModulation,
     TableModulation,
     TimestepEmbedder,
     position_embedding,
+    sequence_length,
 )
 from moe import MoE, Routing
 from parametrization import PARAMETRIZATIONS, readout_multiplier
@@ -83,15 +86,16 @@ class DiTBlock(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.norm1, self.norm2 = (NORMS[config.norm](width) for _ in range(2))
-        self.attn = Attention(width, config.num_heads, config.kv_heads, config.qk_norm, config.attention_bias)
+        gated = config.caption_width if config.reading == "gated" else 0
+        self.attn = Attention(width, config.num_heads, config.kv_heads, config.qk_norm, config.attention_bias, gated)
         if is_moe:
             self.moe = MoE(width, config.experts)
         else:
             self.mlp = MLPS[config.mlp](width, config.mlp_width)
         self.is_moe = is_moe
-        if config.caption_width:
+        self.reads = config.caption_width > 0 and config.reading == "cross"
+        if self.reads:
             self.cross_attn = CrossAttention(width, config.num_heads)
-        self.reads = config.caption_width > 0
         self.adaLN_modulation = modulation(config, 6)
         self.checkpointing = "none"  # a key of CHECKPOINTING
 
@@ -112,7 +116,7 @@ class DiTBlock(nn.Module):
         """(N, T, D) tokens, (N, c) condition, (T, d/2, 2) rotary positions, a text (N, L, D), its mask (N, L)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
         dtype = compute_dtype(self.attn.qkv.weight)
-        x = x + gate_a.unsqueeze(1) * self.attn(self.norm1(x, shift_a, scale_a, dtype), rotation)
+        x = x + gate_a.unsqueeze(1) * self.attn(self.norm1(x, shift_a, scale_a, dtype), rotation, text, mask)
         if self.reads:
             x = x + self.cross_attn(x, text, mask)
         tokens = self.norm2(x, shift_m, scale_m, dtype)
@@ -142,12 +146,16 @@ class DiT(nn.Module):
         self.config = config
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)
         self.t_embedder = TimestepEmbedder(config.modulation_width)
-        if config.caption_width:
+        if config.reading == "gated" and config.caption_width:
+            self.y_embedder = CaptionSummary(config.caption_width, config.modulation_width)
+        elif config.caption_width:
             self.y_embedder = CaptionEmbedder(config.caption_width, config.caption_length, config.hidden_size)
         else:
             self.y_embedder = LabelEmbedder(config.condition.rows, config.modulation_width)
         if config.modulation == "single":
             self.t_block = SharedModulation(config.modulation_width, config.hidden_size)
+        if config.row_ends:
+            self.row_ends = RowEnds(config.hidden_size)
         self.register_buffer("pos_embed", self._position_table())
         self.blocks = nn.ModuleList(DiTBlock(config, is_moe=i in config.moe_indices) for i in range(config.depth))
         self.final_layer = FinalLayer(config)
@@ -158,22 +166,24 @@ class DiT(nn.Module):
         """One evaluation of the network.
 
         Args:
-            x: (N, C, H, W) noised latents.
+            x: (N, C, H, W) noised latents; with `row_ends` also a list of N images (C, H, W) of several sizes.
             t: (N,) network time, in the units the network was trained with (DDPM: 0..999; rectified flow: 0..1).
             condition: what each image is of, a batch of `config.condition`: labels (N,) int64, its null among them, or
                 `Prompts` (features (N, L, C), mask (N, L), null (N,) bool or left out).
             return_routing: also return the `Routing` of every MoE layer.
 
         Returns:
-            (N, out_channels, H, W), or that and a list of L `Routing`.
+            (N, out_channels, H, W), or a list of such images, or that and a list of L `Routing`.
         """
-        x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))  # (N, T, D)
+        x, sizes = self._embed(x)  # (N, T, D)
         # From here on fp32 under autocast.
         x = x.to(self.x_embedder.proj.weight.dtype) if self.pos_embed is None else x + self.pos_embed
         c, rotation, reading = self.t_embedder(t), self._rotation(x.device), ()  # (N, c)
         if self.config.caption_width:
-            prompts = Prompts(*condition)
-            reading = (self.y_embedder(prompts.features, prompts.null), prompts.mask.bool())
+            features, mask, null = Prompts(*condition)
+            mask = mask.bool()
+            summary, text = self.y_embedder(features, mask, null)
+            c, reading = c if summary is None else c + summary, (text, mask)
         else:
             c = c + self.y_embedder(condition)
         shared = self.t_block(c) if self.config.modulation == "single" else c
@@ -182,8 +192,34 @@ class DiT(nn.Module):
             x, routing = block(x, shared, rotation, *reading)
             if routing is not None:
                 routings.append(routing)
-        x = self.unpatchify(self.final_layer(x, c))
+        x = self._images(self.final_layer(x, c), sizes)
         return (x, routings) if return_routing else x
+
+    def _embed(self, x: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]] | None]:
+        """The tokens (N, T, D), and the rows and columns of each image of a list, or of all of a tensor, if it tells.
+
+        Raises:
+            UsageError: images of several sizes for a network whose rows have no ends.
+        """
+        patch, dtype = self.config.patch_size, self.x_embedder.proj.weight.dtype
+        if not self.config.row_ends:
+            if not isinstance(x, Tensor):
+                raise UsageError("a list of images of several sizes needs a network with row_ends, as Large-DiT-T2I")
+            return self.x_embedder(x.to(dtype)), None
+        images = [x] if isinstance(x, Tensor) else [image[None] for image in x]
+        sizes = [(image.shape[2] // patch, image.shape[3] // patch) for image in images]
+        grids = [self.x_embedder(i.to(dtype)).unflatten(1, size) for i, size in zip(images, sizes, strict=True)]
+        tokens = self.row_ends(grids, sequence_length(self.config.side))
+        return tokens, sizes if not isinstance(x, Tensor) else sizes * len(x)
+
+    def _images(self, x: Tensor, sizes: list[tuple[int, int]] | None) -> Tensor | list[Tensor]:
+        """(N, T, p*p*C) -> (N, C, H, W), or one by one where sizes differ."""
+        if sizes is None:
+            return self.unpatchify(x, self.config.side)
+        if len(set(sizes)) == 1:
+            return self.unpatchify(RowEnds.without(x, *sizes[0]), sizes[0][0])
+        parts = zip(x.split(1), sizes, strict=True)
+        return [self.unpatchify(RowEnds.without(part, *size), size[0])[0] for part, size in parts]
 
     def _position_table(self) -> Tensor | None:
         config = self.config
@@ -191,18 +227,22 @@ class DiT(nn.Module):
 
     def _rotation(self, device: torch.device) -> Tensor | None:
         table, config = POSITIONS[self.config.positions], self.config
-        return None if table is None else table(config.side, config.hidden_size // config.num_heads, device)
+        if table is None:
+            return None
+        head = config.hidden_size // config.num_heads
+        return table(config.side, head, device, config.rope_scaling, config.row_ends)
 
-    def unpatchify(self, x: Tensor) -> Tensor:
+    def unpatchify(self, x: Tensor, rows: int) -> Tensor:
         """(N, T, p*p*C) -> (N, C, H, W)."""
-        p, side = self.config.patch_size, self.config.side
-        x = x.unflatten(2, (p, p, -1)).unflatten(1, (side, side))  # (N, H/p, W/p, p, p, C)
+        p = self.config.patch_size
+        x = x.unflatten(2, (p, p, -1)).unflatten(1, (rows, -1))  # (N, H/p, W/p, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def units(self) -> list[list[nn.Module]]:
         """The parts that are initialised, and may be sharded, one after another: the model's ends, then each block."""
         ends = [self.x_embedder, self.t_embedder, self.y_embedder, self.final_layer]
         ends += [self.t_block] if self.config.modulation == "single" else []
+        ends += [self.row_ends] if self.config.row_ends else []
         return [ends, *([block] for block in self.blocks)]
 
     def materialize(self, device: torch.device, then: Callable[[list[nn.Module]], None] | None = None) -> None:

@@ -31,10 +31,13 @@ from torch import Tensor, nn
 from layers import (
     AdaptiveRMSNorm,
     CaptionEmbedder,
+    CaptionSummary,
     CrossAttention,
+    GatedReading,
     LabelEmbedder,
     PatchEmbed,
     QKNorm,
+    RowEnds,
     SharedModulation,
     TableModulation,
     TimestepEmbedder,
@@ -117,7 +120,7 @@ def draw_published(unit: list[nn.Module], config) -> None:
         elif isinstance(module, PatchEmbed):
             nn.init.xavier_uniform_(module.proj.weight.flatten(1))
             nn.init.zeros_(module.proj.bias)
-        elif isinstance(module, (*NORMS_WITH_PARAMETERS, CaptionEmbedder)):
+        elif isinstance(module, DRAW_THEMSELVES):
             module.reset_parameters()
         elif isinstance(module, TableModulation):
             nn.init.normal_(module.table, std=TABLE_STD)
@@ -127,6 +130,8 @@ def draw_published(unit: list[nn.Module], config) -> None:
             nn.init.normal_(module.y_proj.fc2.weight, std=TABLE_STD)
         elif isinstance(module, SharedModulation):
             nn.init.normal_(module[1].weight, std=TABLE_STD)
+        elif isinstance(module, CaptionSummary):
+            module.reset_parameters()
         elif isinstance(module, CrossAttention):
             nn.init.zeros_(module.proj.weight)
         elif isinstance(module, LabelEmbedder):
@@ -165,11 +170,11 @@ def draw_by_role(unit: list[nn.Module], config) -> None:
             deviation = RULES[roles[name]].deviation(fan_in(parameter, roles[name]))
             nn.init.normal_(parameter, std=deviation) if deviation else nn.init.zeros_(parameter)
         for module in part.modules():
-            if isinstance(module, (*NORMS_WITH_PARAMETERS, CaptionEmbedder)):
+            if isinstance(module, DRAW_THEMSELVES):
                 module.reset_parameters()
 
 
-NORMS_WITH_PARAMETERS = (QKNorm, AdaptiveRMSNorm)
+DRAW_THEMSELVES = (QKNorm, AdaptiveRMSNorm, CaptionEmbedder, CaptionSummary, GatedReading, RowEnds)
 TABLE_STD = 0.02  # as published
 PARAMETRIZATIONS = {
     "standard": Parametrization(draw_published, TABLE_STD),

@@ -17,6 +17,7 @@ ROWS = {
 QK_NORM = "head"
 EXPERTS_ARE_MLPS = False
 TRAINING = {"weight_decay": 0.03, "grad_clip": 0.01, "warmup_steps": 1000}  # flags of train.py with other defaults
+TEXTS = {"modulation": "single"}
 MARK = re.compile(r"blocks\.0\.scale_shift_table")
 
 NAMES = NAMES_WRITTEN = NameMap(

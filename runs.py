@@ -50,6 +50,7 @@ from configuration import (
     config_said,
     fields_said,
     name_of,
+    row_said,
 )
 from data import AS_BEFORE, BatchSchedule, ImageData, Reading, require_folder
 from families import DiT_models, family_of_row
@@ -86,9 +87,7 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument("--num-workers", type=natural_int, default=4, help="processes that load data; 0: none")
     parser.add_switch(group, "--flip", True, "mirror half of the images")
 
-    group.add_argument(
-        "--text-encoder", metavar="NAME", help=f"train on images with captions, read so: {', '.join(text.ENCODERS)}"
-    )
+    text.add_encoder_arguments(group, "train on images with captions, read so")
 
     group = add_model_arguments(parser)  # None stands for what --init-from says, or else for the default
 
@@ -223,6 +222,11 @@ NEEDS = (  # besides those of objectives.py
     Need(("allow_changes",), lambda args: args.resume is not None, "--resume"),
     Need(("background",), lambda args: args.data_path is not None, "--data-path (features are made already)"),
     Need(("num_classes",), lambda args: args.text_encoder is None, "classes (--text-encoder reads captions)"),
+    Need(
+        ("max_text_tokens", "tokenizer_path", "reading"),
+        lambda args: args.text_encoder is not None,
+        "--text-encoder NAME (a network of classes reads no texts)",
+    ),
     Need(("fresh_parts",), lambda args: args.init_from is not None, "--init-from FILE"),
 )
 
@@ -231,6 +235,7 @@ RUN_CONTROL = {
     *("image_size", "background"),  # the model's input size and the data's fingerprint tell
     *("data_path", "feature_path", "vae_path", "num_workers", "epochs", "max_steps", "device", "local_rank", "timeout"),
     *("dim_heads", "load_base_shapes", "root"),  # the model says the first two
+    *("tokenizer_path", "text_encoder", "max_text_tokens"),  # the record of the encoder tells
     *("local_diffusers_model_root", "micro_batch_size", "master_port", "no_auto_resume", "model_parallel_size"),
     *("grad_precision", "attention", "compile", "activation_checkpointing", "deterministic", "pretraining_tp"),
     *("data_parallel", "expert_parallel", "start_timeout"),
@@ -425,7 +430,7 @@ def _choose(args, processes: distributed.Processes) -> Choices:
             args.vae_path = weights.record.get("space", {}).get("path") or args.vae_path
     # A wrong model is said before the data is looked through.
     model = base_shapes.fitted(choose_model(args, weights), args, None if weights is None else weights.source)
-    encoder = None if args.text_encoder is None else text.open_encoder(args.text_encoder)
+    encoder = open_encoder(args)
     model = of_texts(model, encoder, args, weights)
     for name in MODEL_FLAGS.keys() - {"num_classes"}:
         setattr(args, name, getattr(model, name))
@@ -439,7 +444,7 @@ def _choose(args, processes: distributed.Processes) -> Choices:
     check_needs(args, (*objectives.NEEDS, *NEEDS))
     if model.condition.null is None and "sample_cfg_scale" in args.given and args.sample_cfg_scale != 1:
         raise UsageError("--sample-cfg-scale needs a null class, which --class-dropout-prob 0 leaves out; use scale 1")
-    return Choices(args, model, objective, weights, encoder)
+    return Choices(args, model, objective, weights, None if encoder is None else encoder.to(processes.device))
 
 
 def choose_accumulation(args, world_size: int) -> int:
@@ -570,7 +575,19 @@ def of_texts(model: DiTConfig, encoder: text.TextEncoder | None, args, weights) 
     if weights is not None and weights.config.caption_width != encoder.width:
         was = f"texts of {weights.config.caption_width} features" if weights.config.caption_width else "classes"
         raise UsageError(f"--text-encoder {args.text_encoder} contradicts {args.init_from}, which is of {was}")
-    return dataclasses.replace(model, caption_width=encoder.width, caption_length=encoder.length)
+    fields = {"caption_width": encoder.width, "caption_length": encoder.length}
+    if weights is None and not model.caption_width:
+        fields |= {name: value for name, value in family_of_row(row_said(args)).TEXTS.items() if name not in args.given}
+    return dataclasses.replace(model, **fields)
+
+
+def open_encoder(args) -> text.TextEncoder | None:
+    """Of `--text-encoder`. Raises UsageError."""
+    if args.text_encoder is None:
+        return None
+    if args.tokenizer_path not in (None, args.text_encoder):
+        raise UsageError(f"--tokenizer-path {args.tokenizer_path}: the tokenizer is that beside --lm; put it there")
+    return text.open_encoder(args.text_encoder, args.max_text_tokens or 0)
 
 
 def differences(weights: checkpoint.Weights, record: dict) -> list[str]:
@@ -704,11 +721,13 @@ def compare_with_checkpoint(run: Run, resumed: Resumed) -> None:
     flags_before, flags_now = state["flags"], flags(run.args)
     model = DiTConfig.from_dict(before["model"])  # with today's defaults for options of today
     pairs = {"data fingerprint": (before.get("data", {}).get("fingerprint"), run.record["data"]["fingerprint"])}
-    recorded = {"model": model.to_dict(), "objective": before["objective"], "space": before.get("space", {})}
+    recorded = {"model": model.to_dict(), "objective": before["objective"]}
+    recorded |= {"space": before.get("space", {}), "text": before.get("text", {})}
     for part, was in recorded.items():
-        # Of a latent space what was recorded is compared; an autoencoder may have moved.
-        keys = set(was) - {"path"} if part == "space" else set(run.record[part])
-        pairs |= {f"{part} {key}": (was.get(key), run.record[part].get(key)) for key in keys}
+        # Of networks what was recorded is compared; they may have moved.
+        now = run.record.get(part, {})
+        keys = set(was) - {"path", *(("name",) if "sha256" in was else ())} if part in ("space", "text") else set(now)
+        pairs |= {f"{part} {key}": (was.get(key), now.get(key)) for key in keys}
     for key in (flags_before.keys() & flags_now.keys()) - RUN_CONTROL - MODEL_FLAGS.keys():  # the model says those
         pairs[f"--{key}"] = flags_before[key], flags_now[key]
     if run.args.lr_schedule != "constant":

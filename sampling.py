@@ -35,8 +35,6 @@ from objectives import SETTINGS, add_objective_arguments, check_against, choose_
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
-TEXT_ENCODERS = ", ".join(text.ENCODERS)
-
 
 def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
     """What every script that draws images takes; `ckpt` False: it sets `args.ckpt` on its own."""
@@ -59,7 +57,7 @@ def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
     add_objective_arguments(parser, group, training=False)
     group.add_argument("--vae-path", "--vae", help="autoencoder: folder, hub name, mse, ema, or none for pixel space")
     add_root_arguments(group)
-    group.add_argument("--text-encoder", metavar="NAME", help=f"of networks that draw from prompts: {TEXT_ENCODERS}")
+    text.add_encoder_arguments(group, "of networks that draw from prompts")
     add_mup_arguments(group)
     group.add_argument("--vae-scaling-factor", type=number_in(1e-6, 1e6), help="of latents, in place of its own")
     group.add_argument("--vae-shift-factor", type=number_in(-1e6, 1e6), help="of latents, in place of its own")
@@ -71,6 +69,7 @@ def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
         "--seed", "--global-seed", dest="seed", type=natural_int, default=0, help="image i of a seed has its own noise"
     )
     group.add_argument("--cfg-scale", type=number_in(0, 1e3), default=4.0, help="guidance; 1 is off")
+    group.add_argument("--negative-prompt", metavar="TEXT", help="guide away from it, in place of from no text")
     group.add_argument("--cfg-channels", help="how many channels are guided: a number, or all (ddpm: 3, rf: all)")
     group.add_argument(
         "--cfg-interval",
@@ -113,7 +112,11 @@ def add_set_arguments(parser: Parser):
 # ----------------------------------------------------------------------------------------------------------- generation
 
 
-GUIDANCE = Need(("cfg_channels", "cfg_interval"), lambda args: args.cfg_scale != 1, "guidance: --cfg-scale above 1")
+GUIDANCE = Need(
+    ("cfg_channels", "cfg_interval", "negative_prompt"),
+    lambda args: args.cfg_scale != 1,
+    "guidance: --cfg-scale above 1",
+)
 
 
 @dataclass(frozen=True)
@@ -325,7 +328,7 @@ def check_settings(config: DiTConfig, objective, settings: Settings) -> None:
     denoise = classifier_free_guidance(
         silent,
         condition,
-        config.condition.null_of(condition),
+        None if config.condition.null is None else condition,
         settings.cfg_scale,
         channels=settings.cfg_channels,
         interval=settings.cfg_interval,
@@ -371,6 +374,14 @@ class Loaded:
         usual = {field.name: field.default for field in fields(DiTConfig)}
         return {name: value for name, value in unseen(self.model.config).items() if value != usual[name]}
 
+    def _of_texts(self) -> dict:
+        """What a network of texts reads them with, and what it is guided away from."""
+        if not self.draws_from_texts:
+            return {}
+        usual = self.model.config.condition.nothing
+        negative = {} if self.condition.nothing == usual else {"negative_prompt": self.condition.nothing}
+        return negative | {"text": {k: v for k, v in self.condition.encode.record().items() if k != "name"}}
+
     def record(self, precision: str) -> dict:
         """All that images depend on besides index and label."""
         return asdict(self.settings) | {
@@ -378,6 +389,7 @@ class Loaded:
             "model": checkpoint.describe(self.model.config),
             "weights": fingerprint(self.model),
             **self._beside_the_weights(),
+            **self._of_texts(),
             "objective": self.objective.config(),
             "autoencoder": self.space.config(),
             "precision": precision,
@@ -427,7 +439,11 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
     network = captured(model) if args.cuda_graph else model
     kind = weights.condition
     if isinstance(kind, Captions):
-        kind = replace(kind, encode=_choose_encoder(args, weights))
+        kind = replace(kind, encode=_choose_encoder(args, weights).to(device))
+        if args.negative_prompt is not None:
+            kind = replace(kind, nothing=args.negative_prompt)
+    elif args.negative_prompt is not None:
+        raise UsageError(f"--negative-prompt: {weights.source} draws from classes")
     return Loaded(model, network, objective, space.to(device), image_size, weights.source, settings, kind)
 
 
@@ -439,13 +455,14 @@ def _choose_encoder(args, weights: checkpoint.Weights) -> text.TextEncoder:
     """
     recorded = (weights.record or {}).get("text")
     if recorded is not None:
-        if args.text_encoder not in (None, recorded["name"]):
-            was = recorded["name"]
-            raise UsageError(f"--text-encoder {args.text_encoder} contradicts {weights.source}, trained with {was}")
-        return text.open_encoder(**recorded)
+        was, name = recorded["name"], args.text_encoder or recorded["name"]  # a network may have moved
+        if text.Words.name in (was, name) and was != name:
+            raise UsageError(f"--text-encoder {name} contradicts {weights.source}, trained with {was}")
+        said = {} if args.max_text_tokens is None else {"length": args.max_text_tokens}
+        return text.open_encoder(**(recorded | {"name": name} | said))
     if args.text_encoder is None:
         raise UsageError(f"{weights.source} reads texts and does not tell with which encoder: --text-encoder")
-    encoder, width = text.open_encoder(args.text_encoder), weights.config.caption_width
+    encoder, width = text.open_encoder(args.text_encoder, weights.config.caption_length), weights.config.caption_width
     if encoder.width != width:
         raise UsageError(
             f"--text-encoder {args.text_encoder} gives {encoder.width} features, the network reads {width}"

@@ -4,11 +4,12 @@ N texts · L tokens · C width of a token's features
 
 An encoder is called with texts and gives features (N, L, C) fp32 and a mask (N, L) bool of the tokens that there are,
 padded to the longest text of the batch; `width` is C, `length` the most tokens of a text, `record()` what checkpoints
-say of it. The same text always gives the same features, whatever else is in the batch.
+say of it. The same text always gives the same features, whatever else is in the batch, to rounding.
 """
 
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from typing import Protocol
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cli import unknown_name
+import text_networks
+from cli import UsageError, positive_int, unknown_name
 
 
 class TextEncoder(Protocol):
@@ -31,6 +33,9 @@ class TextEncoder(Protocol):
 
     def record(self) -> dict: ...
 
+    def to(self, device: torch.device) -> "TextEncoder":
+        """The encoder, from now on on a device."""
+
 
 class Words:
     """No weights: each word is a sum of fixed random vectors, one for itself and one for each neighbour at its place.
@@ -42,8 +47,8 @@ class Words:
     name = "words"
     reach = 3  # how far a neighbour may stand
 
-    def __init__(self, width: int = 128, length: int = 40):
-        self.width, self.length = width, length
+    def __init__(self, width: int = 128, length: int = 0):
+        self.width, self.length = width, length or 40
         self._known = functools.lru_cache(maxsize=20_000)(self._features)
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -51,6 +56,9 @@ class Words:
 
     def record(self) -> dict:
         return {"name": self.name, "width": self.width, "length": self.length}
+
+    def to(self, device: torch.device) -> "Words":
+        return self
 
     def _features(self, text: str) -> Tensor:
         """(L, C)"""
@@ -71,14 +79,41 @@ def vector(word: str, offset: int, width: int) -> np.ndarray:
     return np.random.default_rng(np.frombuffer(seed, dtype=np.uint32)).standard_normal(width, dtype=np.float32)
 
 
-ENCODERS = {Words.name: Words}
+ENCODERS = (Words.name, *text_networks.NAMES)
 
 
-def open_encoder(name: str, **settings) -> TextEncoder:
-    """What `--text-encoder` names, or the `record()` of one says. Raises UsageError."""
-    if name not in ENCODERS:
+def open_encoder(name: str, length: int = 0, **recorded) -> TextEncoder:
+    """What `--text-encoder` names, or the `record()` of one says, on the CPU.
+
+    Args:
+        length: the most tokens of a text; 0: as many as is usual for it.
+        recorded: what else a record has; a network must be the same one.
+
+    Raises:
+        UsageError: there is no such encoder, or it is another one.
+    """
+    if name == Words.name:
+        return Words(length=length, **recorded)
+    if "/" not in name and name not in ENCODERS and not os.path.exists(name):
         raise unknown_name("text encoder", name, ENCODERS)
-    return ENCODERS[name](**settings)
+    encoder = text_networks.open_network(name, length)
+    if recorded and recorded != (now := {key: encoder.record()[key] for key in recorded}):
+        was = next(key for key in recorded if recorded[key] != now[key])
+        raise UsageError(f"the text encoder {name} has {was} {now[was]}, that of the training {recorded[was]}")
+    return encoder
+
+
+def add_encoder_arguments(group, help: str) -> None:
+    group.add_argument(
+        *("--text-encoder", "--lm"), metavar="NAME", help=f"{help}: {', '.join(ENCODERS)}, a folder or a hub name"
+    )
+    group.add_argument(
+        *("--max-text-tokens", "--model-max-length"),
+        type=positive_int,
+        metavar="N",
+        help="tokens of a text at most (t5 120, clip 77, llama 128, words 40)",
+    )
+    group.add_argument("--tokenizer-path", metavar="NAME", help="the same as --lm, as in published commands")
 
 
 def padded(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cli import UsageError
@@ -53,8 +54,17 @@ def classifier_free_guidance(
 def _join(condition: Tensor | tuple, null: Tensor | tuple | int):
     """Both in one batch, condition first."""
     if isinstance(condition, Tensor):
-        return torch.cat([condition, torch.full_like(condition, null) if isinstance(null, int) else null])
+        return torch.cat(of_one_size(condition, torch.full_like(condition, null) if isinstance(null, int) else null))
     return type(condition)(*(_join(a, b) for a, b in zip(condition, null, strict=True)))
+
+
+def of_one_size(*batches: Tensor) -> list[Tensor]:
+    """(N, ...) each, padded with zeros to the largest of each dimension but the first: texts of several lengths."""
+    size = [max(sizes) for sizes in zip(*(batch.shape[1:] for batch in batches), strict=True)]
+    missing = (
+        [more for s, there in zip(size, batch.shape[1:], strict=True) for more in (s - there, 0)] for batch in batches
+    )
+    return [F.pad(batch, more[::-1]) for batch, more in zip(batches, missing, strict=True)]
 
 
 def _expand(t: float, x: Tensor) -> Tensor:

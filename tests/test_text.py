@@ -45,8 +45,6 @@ def test_a_recorded_encoder_is_the_same_one():
     assert torch.equal(again(["two words"])[0], encoder(["two words"])[0]) and again.length == 9
     with pytest.raises(UsageError, match="unknown text encoder 'wrods'; did you mean words"):
         text.open_encoder("wrods")
-    with pytest.raises(UsageError, match="unknown text encoder"):
-        text.open_encoder("t5", width=8)
 
 
 # ------------------------------------------------------------------------------------------------------------- captions

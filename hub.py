@@ -1,0 +1,59 @@
+"""Networks of others, such as autoencoders and text encoders: a folder here, or a name of Hugging Face's hub."""
+
+import os
+import textwrap
+from collections.abc import Iterable
+
+from cli import UsageError
+
+HUB_TIMEOUT = 3  # seconds until an unreachable hub is given up
+
+
+def place_of(path: str, names: dict[str, str], what: str) -> str:
+    """An absolute path for what is a folder here, a hub name for the rest; `names` are short ones.
+
+    Raises:
+        UsageError: a misspelt folder.
+    """
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        return os.path.abspath(path)  # a checkpoint keeps it, and sampling may start in another folder
+    if os.path.exists(path):
+        raise UsageError(f"{what} path {path} is a file; expected the folder that holds its config.json")
+    name = names.get(path, path)
+    if path.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise UsageError(f"{what} path {path} does not exist; a hub name has the form owner/name")
+    return name
+
+
+def file_of(place: str, filename: str, what: str, below: Iterable[str] = ()) -> str:
+    """Path of one of the files of a `place_of`, in its folder or those `below`; what the hub has is downloaded.
+
+    Raises:
+        UsageError: it is not there, and, where the hub is asked, cannot be fetched within `HUB_TIMEOUT`.
+    """
+    if os.path.isabs(place):
+        for folder in (place, *(os.path.join(place, name) for name in below)):
+            if os.path.isfile(os.path.join(folder, filename)):
+                return os.path.join(folder, filename)
+        inside = "".join(f", nor in a folder {name} in it" for name in below)
+        raise UsageError(f"no {filename} in {place}{inside}: that is no {what}")
+
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HTTPError  # the base class of whichever HTTP client the hub uses
+
+    try:
+        if isinstance(cached := try_to_load_from_cache(place, filename), str):
+            return cached
+        # Asked first, and once: hf_hub_download tries a silent network again and again for most of a minute.
+        get_hf_file_metadata(hf_hub_url(place, filename), timeout=HUB_TIMEOUT)
+        return hf_hub_download(place, filename)
+    except (OSError, HTTPError, ValueError) as error:
+        raise UsageError(
+            f"{what} {place} is no folder here and not in the hub's local cache, and its {filename} cannot be "
+            f"fetched ({brief(error)}); download it where there is a network and give its folder as {what} path"
+        ) from error
+
+
+def brief(error: Exception) -> str:
+    return textwrap.shorten(str(error), 300)
