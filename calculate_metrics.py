@@ -152,11 +152,10 @@ def open_samples(args, device: torch.device) -> Images:
     args.ckpt = path
     precision = machine.choose_precision(args.precision, device)
     loaded = sampling.load_for_sampling(args, device, machine.set_precision(precision))
-    labels = loaded.condition.requests(args.num_samples, args.seed, args.labels)
-    record = {"source": str(loaded.source), "settings": loaded.record(precision) | {"labels": args.labels}}
-    return DrawnImages(
-        loaded.network, loaded.objective, loaded.space, labels, loaded.settings, loaded.image_size, record
-    )
+    asked = sampling.choose_images(args, loaded)
+    record = {"source": str(loaded.source), "settings": loaded.record(precision) | asked.record(args)}
+    network, size, kind = loaded.network, loaded.image_size, loaded.condition
+    return DrawnImages(network, loaded.objective, loaded.space, asked, loaded.settings, size, record, kind)
 
 
 def drawing_flags() -> set[str]:

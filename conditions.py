@@ -51,9 +51,9 @@ class Classes:
     def batch(self, requests: Sequence[int], device: torch.device) -> Tensor:
         return torch.tensor(requests, device=device)
 
-    def of_samples(self, y: Tensor, data) -> Tensor:
-        """The batch of samples of a data set, whose `y` (N,) are on the device."""
-        return y
+    def of_samples(self, batch: dict[str, Tensor], data) -> Tensor:
+        """What a batch of samples of a data set, on the device, is of."""
+        return batch["y"]
 
     def blank(self, device: torch.device | str) -> Tensor:
         """A batch of one that no image is of."""
@@ -163,8 +163,10 @@ class Captions:
         features, mask = self.encode(requests)
         return Prompts(features.to(device), mask.to(device), torch.zeros(len(mask), dtype=torch.bool, device=device))
 
-    def of_samples(self, y: Tensor, data) -> Prompts:
-        return self.batch([data.caption(index) for index in y.tolist()], y.device)
+    def of_samples(self, batch: dict[str, Tensor], data) -> Prompts:
+        if "text" in batch:
+            return Prompts(batch["text"], batch["text_mask"], torch.zeros_like(batch["text_mask"][:, 0]))
+        return self.batch([data.caption(number) for number in batch["y"].tolist()], batch["y"].device)
 
     def blank(self, device: torch.device | str) -> Prompts:
         features = torch.zeros(1, 1, self.width, device=device)

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from cli import Parser, UsageError, boolean, natural_int, number_in, positive_int, power_of_two, unknown_name
 from conditions import Captions, Classes
 from families import DiT_models, family_of_row
-from layers import MLPS, MODULATIONS, MOST_POSITIONS, NORMS, POSITIONS, QK_NORMS, READINGS
+from layers import MLPS, MODULATIONS, MOST_POSITIONS, NORMS, POSITIONS, QK_NORMS, READINGS, sequence_length
 from moe import EXPERTS, ExpertsConfig
 from parametrization import PARAMETRIZATIONS, is_mup
 from records import check_record
@@ -184,6 +184,11 @@ class DiTConfig:
     def side(self) -> int:
         """Tokens in a row of the image."""
         return self.input_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Of an image, ends of rows included."""
+        return sequence_length(self.side) if self.row_ends else self.side**2
 
     @property
     def modulation_width(self) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import count
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class Reading:
 AS_BEFORE = Reading(background=None, upright=False)  # of runs that did not record how they read
 
 
-def load_image(path: str, reading: Reading = Reading()) -> Image.Image:
+def load_image(path: str | BinaryIO, reading: Reading = Reading()) -> Image.Image:
     """Read an image of any mode as 8-bit RGB; of an animation the first frame counts.
 
     Raises one of IMAGE_ERRORS if that cannot be done.
@@ -205,12 +205,12 @@ class FileSamples(Samples):
             **entries,
         }
 
-    def first_readable(self, index: int, load: Callable[[str], Any]) -> tuple[int, Any]:
-        """The first of index, index+1, ... whose file `load` can read (it raises IMAGE_ERRORS), and what it gives."""
+    def first_readable(self, index: int, load: Callable[[Any], Any]) -> tuple[int, Any]:
+        """The first of index, index+1, ... whose `source` `load` can read (it raises IMAGE_ERRORS), and what it gives."""
         reason = None
         for candidate in (index, *successors(index, len(self))):
             try:
-                return candidate, load(self.name_of(candidate))
+                return candidate, load(self.source(candidate))
             except IMAGE_ERRORS as error:
                 reason = reason or f"{type(error).__name__}: {error}"
         raise RuntimeError(f"cannot read {self.name_of(index)} ({reason}), nor any of the files tried in its place")
@@ -219,13 +219,20 @@ class FileSamples(Samples):
         """Path of a sample's file."""
         return os.path.join(self.root, os.fsdecode(self.names[index]))
 
+    def source(self, index: int) -> Any:
+        """What a sample is read from: its path, or an open file."""
+        return self.name_of(index)
+
+    def _sizes(self) -> list[int]:
+        """Of every sample's file."""
+        return parallel(file_size, [self.name_of(index) for index in range(len(self))])
+
     def fingerprint(self) -> str:
         """Over class names and every sample's relative name, file size and label. One `stat` per file; contents are not
         read.
         """
         digest = hashlib.sha256(os.fsencode("\0".join(self.class_names)))
-        sizes = parallel(file_size, [self.name_of(index) for index in range(len(self))])
-        for name, size, label in zip(self.names, sizes, self.labels, strict=True):
+        for name, size, label in zip(self.names, self._sizes(), self.labels, strict=True):
             digest.update(b"\n%s\0%d\0%d" % (name, size, label))
         return digest.hexdigest()
 
@@ -342,8 +349,8 @@ class ImageData(FileSamples):
         found, image = self.first_readable(index, self._load)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), found
 
-    def _load(self, name: str) -> Image.Image:
-        return center_crop(load_image(name, self.reading), self.image_size)
+    def _load(self, source: str | BinaryIO) -> Image.Image:
+        return center_crop(load_image(source, self.reading), self.image_size)
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:

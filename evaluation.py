@@ -164,18 +164,31 @@ class FolderImages:
 
 
 class DrawnImages:
-    """Images that a model draws when they are read: image i of the seed, with label i."""
+    """Images that a model draws when they are read: image i of the seed, of what was asked for as number i.
+
+    Args:
+        kind: of condition, where it knows more than the model's own: what encodes prompts.
+    """
 
     def __init__(
-        self, model, objective, space, labels: list[int], settings: sampling.Settings, size: int, record: dict
+        self,
+        model,
+        objective,
+        space,
+        asked: sampling.Asked,
+        settings: sampling.Settings,
+        size: int,
+        record: dict,
+        kind=None,
     ):
-        model.config.condition.check(labels)
+        self.labels = None if asked.prompts else np.array(asked.numbers)
         self.model, self.objective, self.space, self.settings = model, objective, space, settings
-        self.count, self.size, self.labels, self.record = len(labels), size, np.array(labels), record
+        self.asked, self.count, self.size, self.record, self.kind = asked, len(asked), size, record, kind
+        (kind or model.config.condition).check(asked.of(range(self.count)))
 
     def read(self, indices: range) -> np.ndarray:
-        labels = self.labels[indices.start : indices.stop].tolist()
-        return sampling.draw(self.model, self.objective, self.space, labels, self.settings, indices)
+        wanted = self.asked.of(indices)
+        return sampling.draw(self.model, self.objective, self.space, wanted, self.settings, indices, kind=self.kind)
 
     def describe(self) -> dict:
         return self.record

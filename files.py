@@ -5,7 +5,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -74,6 +74,13 @@ def replace_json(path: Path, record: dict | list) -> None:
     """`write_json`, whole and on disk or not at all. Raises OSError."""
     with replacing(path) as file:
         file.write(_as_json(record).encode())
+
+
+def replace_lines(path: Path, records: Iterable[dict]) -> None:
+    """A file of records, one a line, whole and on disk or not at all. Raises OSError."""
+    with replacing(path) as file:
+        for record in records:
+            file.write(f"{json.dumps(record, ensure_ascii=False)}\n".encode(errors="backslashreplace"))
 
 
 def _as_json(record: dict | list) -> str:

@@ -37,7 +37,6 @@ from layers import (
     TableModulation,
     TimestepEmbedder,
     position_embedding,
-    sequence_length,
 )
 from moe import MoE, Routing
 from parametrization import PARAMETRIZATIONS, readout_multiplier
@@ -209,7 +208,7 @@ class DiT(nn.Module):
         images = [x] if isinstance(x, Tensor) else [image[None] for image in x]
         sizes = [(image.shape[2] // patch, image.shape[3] // patch) for image in images]
         grids = [self.x_embedder(i.to(dtype)).unflatten(1, size) for i, size in zip(images, sizes, strict=True)]
-        tokens = self.row_ends(grids, sequence_length(self.config.side))
+        tokens = self.row_ends(grids, self.config.tokens)
         return tokens, sizes if not isinstance(x, Tensor) else sizes * len(x)
 
     def _images(self, x: Tensor, sizes: list[tuple[int, int]] | None) -> Tensor | list[Tensor]:

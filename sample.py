@@ -8,7 +8,6 @@ python sample.py --model DiT-XL/2 --ckpt dit_moe_xl_8E2A.pt --vae-path sd-vae-ft
 """
 
 import itertools
-import json
 from pathlib import Path
 from typing import NotRequired
 
@@ -21,6 +20,7 @@ import machine
 import sampling
 from cli import Parser, UsageError, natural_int, positive_int, run
 from files import replace_json
+from prompts import read_prompts
 from records import read_record
 
 TOOL, SETTINGS = "sample.py", "settings.json"
@@ -42,7 +42,7 @@ def get_parser() -> Parser:
         "--class-labels", nargs="+", metavar="LABEL", help="numbers or names of classes; a few by default"
     )
     group.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to draw, of a network that reads texts")
-    group.add_argument("--prompt-file", type=Path, help="one prompt a line, or .jsonl with a caption a line")
+    sampling.add_prompt_arguments(group)
     group.add_argument("--images-per-class", type=positive_int, default=1, help="of every label or prompt given")
     group.add_argument("--batch-size", type=positive_int, default=32, help="images drawn at once")
     group.add_argument("--output", type=Path, help="folder (default: samples/, then a name that tells the settings)")
@@ -56,7 +56,7 @@ def main(args) -> None:
     device = distributed.choose_device(args.device)
     distributed.keep_freed_memory(device)
     precision = machine.choose_precision(args.precision, device)
-    loaded = sampling.load_for_sampling(args, device, machine.set_precision(precision), prompts=True)
+    loaded = sampling.load_for_sampling(args, device, machine.set_precision(precision))
     settings = loaded.settings
     labels = choose_labels(args, loaded)
 
@@ -84,7 +84,8 @@ def main(args) -> None:
 
 
 def choose_labels(args, loaded: sampling.Loaded) -> list[int] | list[str]:
-    prompts = read_prompts(args)
+    listed = [] if args.prompts is None else read_prompts(args.prompts)
+    prompts = [*(args.prompt or ()), *(prompt.text for prompt in listed)]
     if prompts and not loaded.draws_from_texts:
         raise UsageError(f"--prompt: {loaded.source} is of classes; give --class-labels")
     if args.class_labels is not None:
@@ -95,20 +96,6 @@ def choose_labels(args, loaded: sampling.Loaded) -> list[int] | list[str]:
         trained = loaded.condition.trained
         labels = IMAGENET_FAVOURITES if len(trained) == 1000 else trained[:10]
     return [label for label in labels for _ in range(args.images_per_class)]
-
-
-def read_prompts(args) -> list[str]:
-    """Of `--prompt` and `--prompt-file`. Raises UsageError."""
-    prompts = list(args.prompt or ())
-    if args.prompt_file is not None:
-        try:
-            lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
-            table = args.prompt_file.suffix == ".jsonl"
-            prompts += [json.loads(line)["caption"] if table else line for line in lines if line.strip()]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"--prompt-file {args.prompt_file} cannot be read: {reason}") from None
-    return prompts
 
 
 def choose_folder(args, loaded: sampling.Loaded) -> Path:

@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ import image_files
 import machine
 import sampling
 from cli import Parser, RunStopped, UsageError, positive_int, run
-from files import UNFINISHED, replace_json
+from files import UNFINISHED, replace_json, replace_lines
 from records import read_record
 
 TOOL = "sample_ddp.py"
@@ -41,6 +41,12 @@ def get_parser() -> Parser:
         "--sample-dir", type=Path, default=Path("samples"), help="gets a folder whose name tells the settings"
     )
     parser.add_switch(group, "--png", True, "write each image as a PNG file too")
+    group.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default="flat",
+        help="of PNG files of prompts: 000000.png, or as GenEval has them",
+    )
     parser.add_switch(group, "--tf32", None, "the published name of --precision tf32")
     group.add_argument(
         "--no-tf32", dest="tf32", action="store_false", default=None, help="fp32, unless --precision says otherwise"
@@ -90,18 +96,58 @@ def requested_precision(args) -> str | None:
 
 def plan(args, loaded: sampling.Loaded, settings: sampling.Settings, precision: str) -> "ImageSet":
     """The set that the command asks for, and where it goes. Writes nothing."""
+    asked = sampling.choose_images(args, loaded)
+    if args.layout != "flat" and (asked.prompts is None or not args.png):
+        raise UsageError(f"--layout {args.layout} is of PNG files of prompts: give --prompts, and leave --png")
+    of = args.labels if asked.prompts is None else args.prompts.stem
     name = loaded.name + ("" if args.use_ema else "-no-ema")
-    folder = f"{name}-{loaded.image_size}px-{settings}-{args.labels}-{precision}-{args.num_samples}"
-    record = {"tool": TOOL} | loaded.record(precision)
-    record |= {"labels": args.labels, "num-fid-samples": args.num_samples}
+    folder = f"{name}-{loaded.image_size}px-{settings}-{of}-{precision}-{len(asked)}"
+    record = {"tool": TOOL} | loaded.record(precision) | asked.record(args) | {"num-fid-samples": len(asked)}
     return ImageSet(
         folder=args.sample_dir / folder,
-        record=json.loads(json.dumps(record)),  # as it will be read back
-        labels=np.array(loaded.condition.requests(args.num_samples, settings.seed, args.labels)),
+        record=json.loads(json.dumps(record | LAYOUTS[args.layout].record)),  # as it will be read back
+        asked=asked,
         image_size=loaded.image_size,
         batch_size=args.per_proc_batch_size,
         png=args.png,
+        layout=LAYOUTS[args.layout],
     )
+
+
+class Flat:
+    """`000000.png`, one beside the other; of prompts also `captions.jsonl`, which makes a data set of the folder."""
+
+    record: ClassVar[dict] = {}
+
+    @staticmethod
+    def path(index: int, asked: sampling.Asked) -> str:
+        return f"{index:06d}.png"
+
+    @classmethod
+    def finish(cls, folder: Path, asked: sampling.Asked) -> None:
+        if asked.prompts is not None:
+            pairs = zip(range(len(asked)), asked.of(range(len(asked))), strict=True)
+            rows = [{"path": cls.path(index, asked), "caption": text} for index, text in pairs]
+            replace_lines(folder / "captions.jsonl", rows)
+
+
+class GenEval:
+    """`00000/samples/00000.png`, a folder for each prompt with what its list says of it: GenEval's layout."""
+
+    record: ClassVar[dict] = {"layout": "geneval"}
+
+    @staticmethod
+    def path(index: int, asked: sampling.Asked) -> str:
+        return f"{index // asked.each:05d}/samples/{index % asked.each:05d}.png"
+
+    @staticmethod
+    def finish(folder: Path, asked: sampling.Asked) -> None:
+        for number in sorted(set(asked.numbers)):
+            prompt = asked.prompts[number]
+            replace_lines(folder / f"{number:05d}" / "metadata.jsonl", [prompt.about or {"prompt": prompt.text}])
+
+
+LAYOUTS = {"flat": Flat, "geneval": GenEval}
 
 
 @dataclass
@@ -115,12 +161,16 @@ class ImageSet:
 
     folder: Path
     record: dict  # all that the images depend on
-    labels: np.ndarray  # (N,)
+    asked: sampling.Asked  # N
     image_size: int
     batch_size: int
     png: bool
+    layout: type = Flat
     claim: Any = None  # of the folder, on rank 0
     found: list[range] = field(default_factory=list)  # whose images are in a file: the parts of an earlier call, or all
+
+    def __post_init__(self):
+        self.labels = np.array(self.asked.numbers)  # (N,), or numbers of prompts
 
     @property
     def all(self) -> range:
@@ -169,10 +219,14 @@ class ImageSet:
             found = self._good_parts()
         todo = self._batches(found)
         if self.png:  # of what is drawn, some PNG files may be missing
-            names = {path.name for path in self.folder.iterdir()}
+            names = {str(path.relative_to(self.folder)) for path in self.folder.rglob("*.png")}
             drawn = [part for batch in found for part in self._cut(batch)]
-            todo += [batch for batch in drawn if any(png_name(index) not in names for index in batch)]
+            todo += [batch for batch in drawn if any(self.name_of(index) not in names for index in batch)]
         return sorted(todo, key=lambda batch: batch.start), found
+
+    def name_of(self, index: int) -> str:
+        """Of a PNG file, below the folder."""
+        return self.layout.path(index, self.asked)
 
     def _batches(self, found: list[range]) -> list[range]:
         """What `found` leaves, in batches."""
@@ -236,7 +290,9 @@ class ImageSet:
     def write(self, batch: range, images: np.ndarray, new: bool) -> None:
         if self.png:
             for index, image in zip(batch, images, strict=True):
-                image_files.save_png(self.folder / png_name(index), image)
+                path = self.folder / self.name_of(index)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image_files.save_png(path, image)
         if new:
             image_files.save_npz(self.part(batch), [images], self.labels_of(batch))
 
@@ -247,16 +303,14 @@ class ImageSet:
             if self._batches(parts):
                 raise RunStopped(f"parts in {self.parts} have gone or are damaged; the same command draws them again")
             image_files.save_npz(self.npz, (self._stored(self.part(part), part) for part in parts), self.labels)
+        if self.png:
+            self.layout.finish(self.folder, self.asked)
         shutil.rmtree(self.parts)
 
     def release(self) -> None:
         """Let another command draw into the folder."""
         if self.claim is not None:
             distributed.release(self.claim)
-
-
-def png_name(index: int) -> str:
-    return f"{index:06d}.png"
 
 
 def open_together(images: ImageSet, processes: distributed.Processes) -> list[range]:
@@ -302,7 +356,7 @@ def draw(
                 pixels = images.read(batch)
                 new = pixels is None
                 try:
-                    pixels = draw_batch(loaded, settings, batch, images.labels_of(batch)) if new else pixels
+                    pixels = draw_batch(loaded, settings, batch, images.asked.of(batch)) if new else pixels
                 except sampling.BrokenNetwork as reason:
                     broken = reason
                 else:
@@ -325,9 +379,10 @@ def draw(
     return total, time.perf_counter() - start
 
 
-def draw_batch(loaded: sampling.Loaded, settings: sampling.Settings, batch: range, labels: np.ndarray) -> np.ndarray:
+def draw_batch(loaded: sampling.Loaded, settings: sampling.Settings, batch: range, asked: list) -> np.ndarray:
     """(n, H, W, 3) uint8."""
-    return sampling.draw(loaded.network, loaded.objective, loaded.space, labels.tolist(), settings, batch)
+    network, kind = loaded.network, loaded.condition
+    return sampling.draw(network, loaded.objective, loaded.space, asked, settings, batch, kind=kind)
 
 
 def report(images: ImageSet, settings: sampling.Settings, precision: str, drawn: int, seconds: float) -> None:

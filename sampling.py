@@ -32,6 +32,7 @@ from layers import check_attention
 from machine import add_machine_arguments, check_compile
 from models import DiT
 from objectives import SETTINGS, add_objective_arguments, check_against, choose_objective, in_words
+from prompts import Prompt, read_prompts
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -106,7 +107,62 @@ def add_set_arguments(parser: Parser):
         default="random",
         help="random: drawn for each image; balanced: 0, 1, 2, ... in turn, so that all classes come equally often",
     )
+    add_prompt_arguments(group)
+    group.add_argument("--images-per-prompt", type=positive_int, default=1, help="of each, one after the other")
     return group
+
+
+def add_prompt_arguments(group) -> None:
+    group.add_argument(
+        *("--prompts", "--prompt-file"),
+        type=Path,
+        metavar="FILE",
+        help="of networks of texts: .txt, .jsonl, .csv, .json",
+    )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What each image of a set is of: a label, or a text by its number."""
+
+    numbers: list[int]
+    prompts: list[Prompt] | None = None  # of a network of texts
+    each: int = 1  # images of a prompt, one after the other
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def of(self, indices: range) -> list[int] | list[str]:
+        """What `generate` takes for some images."""
+        numbers = self.numbers[indices.start : indices.stop]
+        return numbers if self.prompts is None else [self.prompts[number].text for number in numbers]
+
+    def record(self, args) -> dict:
+        """What results say of it."""
+        if self.prompts is None:
+            return {"labels": args.labels}
+        texts = "\0".join(prompt.text for prompt in self.prompts).encode(errors="backslashreplace")
+        return {"prompts": hashlib.sha256(texts).hexdigest(), "images-per-prompt": self.each}
+
+
+def choose_images(args, loaded: "Loaded") -> Asked:
+    """What the flags of `add_set_arguments` ask for: labels of classes, or the prompts of a list, several of each.
+
+    Raises:
+        UsageError: texts for a network of classes, or the reverse.
+    """
+    if args.prompts is None and loaded.draws_from_texts:
+        raise UsageError(f"{loaded.source} draws from texts: --prompts FILE says which")
+    if args.prompts is not None and not loaded.draws_from_texts:
+        raise UsageError(f"--prompts: {loaded.source} draws from classes")
+    if not loaded.draws_from_texts:
+        return Asked(loaded.condition.requests(args.num_samples, args.seed, args.labels))
+    if "labels" in args.given:
+        raise UsageError(f"--labels: {loaded.source} draws from texts; --prompts FILE says what")
+    prompts = read_prompts(args.prompts)
+    count = len(prompts) * args.images_per_prompt
+    count = min(count, args.num_samples) if "num_samples" in args.given else count
+    return Asked([index // args.images_per_prompt for index in range(count)], prompts, args.images_per_prompt)
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
@@ -255,9 +311,11 @@ def generate(
         yield (images * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def draw(model, objective, space, labels: Sequence[int], settings: Settings, indices: Sequence[int], progress=None):
+def draw(
+    model, objective, space, labels: Sequence, settings: Settings, indices: Sequence[int], progress=None, kind=None
+):
     """(n, H, W, 3) uint8: what `generate` yields for one batch."""
-    options = {"indices": indices, "batch_size": len(labels), "progress": progress}
+    options = {"indices": indices, "batch_size": len(labels), "progress": progress, "kind": kind}
     return next(generate(model, objective, space, labels, settings, **options))
 
 
@@ -396,11 +454,10 @@ class Loaded:
         }
 
 
-def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.float32, prompts: bool = False) -> Loaded:
+def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
     """The network, objective and latent space of `--ckpt`, after comparing the flags with what the file says.
 
-    The weights go straight from the (memory-mapped) file to the device, in `dtype`. `prompts`: the caller has some for
-    a network that reads texts.
+    The weights go straight from the (memory-mapped) file to the device, in `dtype`.
 
     Raises:
         UsageError: flag and file disagree, or neither tells.
@@ -413,8 +470,6 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
     if args.image_size is not None and Path(args.ckpt).is_file():  # for a file without `pos_embed`
         known["input_size"] = args.image_size // space_info(args.vae_path or "mse").downsample
     weights = checkpoint.load_weights(args.ckpt, "ema" if args.use_ema else "model", **known)
-    if weights.config.caption_width and not prompts:
-        raise UsageError(f"{weights.source} draws from texts, this command from classes; sample.py --prompt draws them")
     space = _choose_space(args, weights)
     image_size = weights.config.input_size * space.downsample
     _compare_flags(args, weights, image_size)

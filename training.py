@@ -296,9 +296,8 @@ def make_batch(run: Run, batch: dict[str, Tensor], positions: Tensor) -> tuple[N
     u = batch["u"]
     if run.args.stratified_t:
         u = stratify(u, positions.to(u.device), run.args.global_batch_size)
-    return run.objective.noised(x0, batch["noise"], u), run.condition.drop(
-        run.condition.of_samples(batch["y"], run.data), batch["drop_u"]
-    )
+    condition = run.condition.of_samples(batch, run.data)
+    return run.objective.noised(x0, batch["noise"], u), run.condition.drop(condition, batch["drop_u"])
 
 
 def total_loss(terms: dict[str, Tensor], routings: list[Routing], alpha: float, sum_over_processes):
@@ -375,8 +374,8 @@ def draw_grid(run: Run, engine: Engine, step: int) -> None:
     """The same few images (noise and labels fixed) from the EMA of this step: `samples/NNNNNNN.png` and TensorBoard."""
     labels, settings = run.condition.spread(GRID), sampling_settings(run)
     with engine.averaged() as model:  # all processes draw: where parameters are sharded, each is needed
-        of_classes = not run.config.caption_width
-        network = recording(model, run.objective, labels, settings) if of_classes else model
+        numbers = list(range(len(labels))) if run.config.caption_width else labels
+        network = recording(model, run.objective, numbers, settings)
         drawn = sampling.generate(network, run.objective, run.space, labels, settings, kind=run.condition)
         images = np.concatenate(list(drawn))
     if run.processes.is_main:
@@ -386,23 +385,23 @@ def draw_grid(run: Run, engine: Engine, step: int) -> None:
             image_files.save_png(folder / f"{step:07d}.png", grid)
         run.log.image(step, "samples", grid)
         if isinstance(network, Recorder):
-            draw_routing(run, step, network)
+            draw_routing(run, step, network, dict(zip(numbers, map(run.condition.name, labels), strict=True)))
 
 
-def draw_routing(run: Run, step: int, network: Recorder) -> None:
+def draw_routing(run: Run, step: int, network: Recorder, names: dict[int, str]) -> None:
     """What the experts did for those images, in TensorBoard under `routing/`."""
     from analysis import plots  # matplotlib takes a second to import, and nothing else of training needs it
 
-    labels = [run.condition.name(label) for label in network.tally.classes]
+    labels = [names[label] for label in network.tally.classes]
     data = network.tally.result(model=f"{run.folder.name}, step {step}", class_names=labels)
-    for by in plots.MAPS:
+    for by in plots.maps_of(data):
         run.log.image(step, f"routing/{by}", plots.pixels(plots.draw(by, data)))
 
 
 def report_metrics(run: Run, engine: Engine, step: int) -> None:
     """Images of all classes in turn, drawn by all processes from the EMA of this step, against the reference."""
     count, size = run.args.metrics_samples, run.args.image_size
-    labels = run.condition.requests(count, run.args.global_seed, "balanced")
+    labels = sampling.Asked(run.condition.requests(count, run.args.global_seed, "balanced"))
     record = {"source": f"{run.folder} at step {step}"}
     with engine.averaged() as model:
         images = evaluation.DrawnImages(model, run.objective, run.space, labels, sampling_settings(run), size, record)

@@ -24,6 +24,7 @@ import sampling
 from analysis.routing import Recorder, RoutingData, Tally, evaluation_times
 from cli import Parser, RunStopped, UsageError, natural_int, number_in, positive_int, run
 from files import UNFINISHED, replace_json, replacing
+from prompts import read_prompts
 
 ELSEWHERE = "remove it, or use another --output"
 
@@ -34,7 +35,8 @@ def get_parser() -> Parser:
     parser.set_defaults(cfg_scale=1.5)
     group = parser.add_argument_group("images")
     group.add_argument("--class-labels", nargs="+", metavar="LABEL", help="numbers or names of classes; all by default")
-    group.add_argument("--images-per-class", type=positive_int, default=4, help="of every label given")
+    sampling.add_prompt_arguments(group)
+    group.add_argument("--images-per-class", type=positive_int, default=4, help="of every label or prompt given")
     group.add_argument("--batch-size", type=positive_int, default=32, help="images a process draws at once")
     group.add_argument("--examples", type=natural_int, default=4, help="images of which every single choice is kept")
     group.add_argument("--output", type=Path, help=".npz (default: in results/routing/, its name tells the settings)")
@@ -89,7 +91,7 @@ def plan(args, loaded: sampling.Loaded, precision: str) -> "Job":
     config, settings = loaded.model.config, loaded.settings
     if not config.moe_indices:
         raise UsageError(f"{loaded.source} is a dense model: it has no experts to look at")
-    classes = loaded.parse(args.class_labels) if args.class_labels else list(loaded.condition.trained)
+    classes, names = choose_classes(args, loaded)
     name = f"{loaded.name}-{settings}-{len(set(classes))}x{args.images_per_class}.npz"
     about = loaded.record(precision) | {
         "checkpoint": loaded.name + ("" if args.use_ema else "-no-ema"),
@@ -98,7 +100,7 @@ def plan(args, loaded: sampling.Loaded, precision: str) -> "Job":
         "batch_size": args.batch_size,
         "class_labels": classes,
         "images_per_class": args.images_per_class,
-        "class_names": [loaded.condition.name(label) for label in sorted(set(classes))],
+        "class_names": names,
         "examples": spread(len(classes) * args.images_per_class, args.examples),
     }
     return Job(
@@ -109,6 +111,23 @@ def plan(args, loaded: sampling.Loaded, precision: str) -> "Job":
         image_size=loaded.image_size,
         batch_size=args.batch_size,
     )
+
+
+def choose_classes(args, loaded: sampling.Loaded) -> tuple[list[int], list[str]]:
+    """The labels to draw and the names of those that there are; of a network of texts each prompt is a class.
+
+    Raises:
+        UsageError: texts for a network of classes, or the reverse; unknown classes.
+    """
+    if loaded.draws_from_texts and args.prompts is None:
+        raise UsageError(f"{loaded.source} draws from texts: --prompts FILE says which")
+    if args.prompts is not None and not loaded.draws_from_texts:
+        raise UsageError(f"--prompts: {loaded.source} draws from classes")
+    if loaded.draws_from_texts:
+        texts = [prompt.text for prompt in read_prompts(args.prompts)]
+        return list(range(len(texts))), texts
+    classes = loaded.parse(args.class_labels) if args.class_labels else list(loaded.condition.trained)
+    return classes, [loaded.condition.name(label) for label in sorted(set(classes))]
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -269,7 +288,9 @@ def record(
 
 def draw_batch(loaded: sampling.Loaded, job: Job, batch: int, tally: Tally, bar) -> None:
     indices = job.indices(batch)
-    labels = job.labels[indices.start : indices.stop]
+    labels, kind = job.labels[indices.start : indices.stop], loaded.condition
+    if loaded.draws_from_texts:
+        labels = [job.about["class_names"][label] for label in labels]
 
     def progress(steps):
         for step in steps:
@@ -277,7 +298,7 @@ def draw_batch(loaded: sampling.Loaded, job: Job, batch: int, tally: Tally, bar)
             bar.update(len(job.times) / len(steps))  # Heun evaluates twice a step
 
     network = Recorder(loaded.model, tally, indices)
-    pixels = sampling.draw(network, loaded.objective, loaded.space, labels, loaded.settings, indices, progress)
+    pixels = sampling.draw(network, loaded.objective, loaded.space, labels, loaded.settings, indices, progress, kind)
     for index, image in zip(indices, pixels, strict=True):
         if index in tally.examples:
             tally.keep_image(index, image)

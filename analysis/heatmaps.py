@@ -17,7 +17,8 @@ from files import replacing
 def get_parser() -> Parser:
     parser = Parser(prog="python -m analysis.heatmaps", description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path, help=".npz of python -m analysis.expert_data")
-    parser.add_argument("--by", choices=plots.MAPS, nargs="+", default=list(plots.MAPS), help="which maps to draw")
+    maps = [*plots.MAPS, *plots.MAPS_OF_TEXTS]
+    parser.add_argument("--by", choices=maps, nargs="+", help="which maps to draw (default: all that there are)")
     parser.add_argument("--half", choices=HALVES, default="conditional", help="of the guided batch")
     parser.add_argument(
         "--of",
@@ -35,7 +36,10 @@ def main(args) -> None:
     data = RoutingData.load(args.data)
     data.half(args.half)  # complains where it was not recorded
     folder = args.output or args.data.parent
-    for by in args.by:
+    there = plots.maps_of(data)
+    for by in args.by or there:
+        if by not in there:
+            raise UsageError(f"--by {by}: {args.data} is of classes, or its prompts share no words")
         figure = plots.draw(by, data, args.half, args.of)
         for suffix in args.formats:
             half = HALVES[0] if by == "layer" else args.half  # that figure shows both

@@ -21,6 +21,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from analysis.routing import RoutingData
 
 COLOURS = "RdBu_r"
+MOST_WORDS = 40
 STYLE = {
     **{"font.size": 9, "axes.titlesize": 9, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6},
     **{"xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "legend.fontsize": 8, "pdf.fonttype": 42},
@@ -32,7 +33,7 @@ LINES = {"conditional": dict(color="#0072b2"), "unconditional": dict(color="#d55
 def draw(by: str, data: RoutingData, half: str = "conditional", of: str = "load") -> Figure:
     """The figure of `MAPS[by]`, with its title."""
     with rc_context(STYLE):
-        figure = MAPS[by](data, half, of)
+        figure = (MAPS | MAPS_OF_TEXTS)[by](data, half, of)
         what = {"load": "Expert load", "probability": "Router probability"}[of]
         shown = "both halves" if by == "layer" else f"{half} half"
         figure.suptitle(f"{what} by {by}  ·  {plain(data.about['model'])}  ·  {shown}", fontsize=11)
@@ -59,6 +60,19 @@ def by_class(data: RoutingData, half: str, of: str) -> Figure:
         integer_ticks(axes.xaxis, layer.shape[1])
         class_ticks(axes.yaxis, data)
     finish_panels(figure, panels, image, "expert", "class", of)
+    return figure
+
+
+def by_word(data: RoutingData, half: str, of: str) -> Figure:
+    """A panel for each layer: word down, expert across; a row is of all prompts that have the word."""
+    load = relative(data, "word", half, of)[:, :MOST_WORDS]  # (L, W, E)
+    words = list(data.words)[:MOST_WORDS]
+    figure, panels = layer_panels(data, height=0.16 * len(words))
+    for axes, layer in zip(panels, load, strict=True):
+        image = heat_map(axes, layer, load, data, of)
+        integer_ticks(axes.xaxis, layer.shape[1])
+        axes.yaxis.set_ticks(range(len(words)), [plain(shortened(word)) for word in words])
+    finish_panels(figure, panels, image, "expert", "prompts with the word", of)
     return figure
 
 
@@ -114,6 +128,12 @@ def by_layer(data: RoutingData, half: str, of: str) -> Figure:
 
 
 MAPS: dict[str, Callable] = {"class": by_class, "patch": by_patch, "step": by_step, "layer": by_layer}
+MAPS_OF_TEXTS: dict[str, Callable] = {"word": by_word}
+
+
+def maps_of(data: RoutingData) -> list[str]:
+    """The maps that there are of some data."""
+    return [*MAPS, *(MAPS_OF_TEXTS if data.of_texts and data.words else ())]
 
 
 def curves(figure, data: RoutingData) -> None:

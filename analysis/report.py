@@ -62,7 +62,8 @@ def contents(data: RoutingData, examples: int, steps: int, dpi: int) -> dict:
     facts = {
         "network": about["model"],
         "experts": f"{about['num_experts']}, {about['top_k']} per token, in {len(about['layers'])} layers",
-        "drawn": f"{about['images']} images of {len(about['classes'])} classes, {about['settings']}, "
+        "drawn": f"{about['images']} images of {len(about['classes'])} "
+        f"{'prompts' if data.of_texts else 'classes'}, {about['settings']}, "
         f"{about['precision']}, {count} network evaluations each",
     }
     shown = data["examples"][:examples, :, :, kept]  # (X, H, L, S', P, min(K, 2))
@@ -82,7 +83,7 @@ def contents(data: RoutingData, examples: int, steps: int, dpi: int) -> dict:
         "examples": [example(data, index, choices) for index, choices in enumerate(shown)],
         "maps": {
             by: {half: picture(plots.pixels(plots.draw(by, data, half), dpi)) for half in data.halves}
-            for by in plots.MAPS
+            for by in plots.maps_of(data)
         },
     }
 
@@ -97,7 +98,8 @@ def example(data: RoutingData, index: int, choices: np.ndarray) -> dict:
     label = data.about["example_labels"][index]
     name = data.about["class_names"][data.about["classes"].index(label)]
     return {
-        "title": f"image {data.about['examples'][index]}: class {label}" + ("" if name == str(label) else f", {name}"),
+        "title": f"image {data.about['examples'][index]}: {'prompt' if data.of_texts else 'class'} {label}"
+        + ("" if name == str(label) else f", {name}"),
         "image": picture(data["example_images"][index]),
         "choices": base64.b64encode(choices.astype(choices.dtype.newbyteorder("<")).tobytes()).decode(),
     }

@@ -9,10 +9,12 @@ that was killed and given again.
 
 import json
 import math
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +27,7 @@ from typing_extensions import TypedDict
 from cli import UsageError
 from configuration import DiTConfig
 from files import replacing
+from layers import RowEnds
 from moe import Routing
 from records import BadRecord, Name, check_arrays, parse_record
 
@@ -111,7 +114,7 @@ class Tally:
         self.rows, self.floor_rows = class_rows(self.labels, self.classes)
         halves, layers, steps = 1 + guided, len(config.moe_indices), len(self.times)
         self.bins, experts = min(STEP_BINS, steps), config.num_experts
-        self.patches = (config.input_size // config.patch_size) ** 2
+        self.patches = config.side**2
         top = min(config.num_experts_per_tok, 2)
         by_class = halves, layers, self.bins, len(self.classes), experts
         by_patch = halves, layers, self.bins, self.patches, experts
@@ -134,8 +137,9 @@ class Tally:
         """Count evaluation `step` of a batch of `images`; conditional half first if there are two. Asks no host."""
         probs = torch.stack([routing.probs for routing in routings])  # (L, T, E), T = h*N*P
         expert_ids = torch.stack([routing.expert_ids for routing in routings])  # (L, T, K)
-        halves = probs.shape[1] // (len(images) * self.patches)
+        halves = probs.shape[1] // (len(images) * self.config.tokens)
         split = (len(routings), halves, len(images), self.patches)
+        probs, expert_ids = (self._of_patches(each, len(images)) for each in (probs, expert_ids))
         sums, place = self.sums, step * self.bins // len(self.times)
         rows, floor_rows = (self._on_device(table[images]) for table in (self.rows, self.floor_rows))
 
@@ -155,13 +159,20 @@ class Tally:
 
         for row, image in enumerate(images):
             if image in self.examples:
-                weights, ids = (
-                    torch.stack([getattr(routing, name) for routing in routings]).view(*split, -1)[:, :, row]
-                    for name in ("weights", "expert_ids")
-                )  # (L, h, P, K)
+                stacks = (torch.stack([getattr(r, name) for r in routings]) for name in ("weights", "expert_ids"))
+                stacks = (self._of_patches(each, len(images)) for each in stacks)
+                weights, ids = (each.view(*split, -1)[:, :, row] for each in stacks)  # (L, h, P, K)
                 ranked = ids.gather(-1, weights.argsort(dim=-1, descending=True, stable=True))
                 kept = sums["examples"][self.examples.index(image)]
                 kept[:halves, :, step] = (1 + ranked[..., : kept.shape[-1]]).transpose(0, 1).to(kept.dtype)
+
+    def _of_patches(self, values: Tensor, images: int) -> Tensor:
+        """(L, h*N*tokens, ...) -> (L, h*N*P, ...): without the ends of rows, where there are some."""
+        if not self.config.row_ends:
+            return values
+        side = self.config.side
+        tokens = values.unflatten(1, (-1, self.config.tokens)).flatten(1, 2).unflatten(1, (-1, self.config.tokens))
+        return RowEnds.without(tokens.flatten(0, 1), side, side).unflatten(0, (len(values), -1)).flatten(1, 2)
 
     def _on_device(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(rows).to(self.sums["overlap"].device, non_blocking=True)
@@ -284,6 +295,25 @@ class RoutingData:
         """Patches in a row of the image."""
         return math.isqrt(self["patch_counts"].shape[3])
 
+    @property
+    def of_texts(self) -> bool:
+        """Whether its classes are prompts."""
+        return "text" in self.about.get("recorded_with", {})
+
+    @cached_property
+    def words(self) -> dict[str, list[int]]:
+        """The words that some prompts have and others have not, the commonest first, and the rows of these prompts."""
+        rows = {}
+        for row, text in enumerate(self.about["class_names"]):
+            for word in sorted(set(re.findall(r"\w+", text.lower()))):
+                rows.setdefault(word, []).append(row)
+        telling = {word: found for word, found in rows.items() if 1 < len(found) < len(self.about["classes"])}
+        return dict(sorted(telling.items(), key=lambda pair: (-len(pair[1]), pair[0])))
+
+    def by_word(self, values: np.ndarray) -> np.ndarray:
+        """(L, C, E) of prompts -> (L, W, E), sums over those that have a word."""
+        return np.stack([values[:, rows].sum(axis=1) for rows in self.words.values()], axis=1)
+
     def half(self, name: str) -> int:
         """Raises UsageError for a half that was not recorded."""
         if name not in self.halves:
@@ -298,6 +328,8 @@ class RoutingData:
 
     def shares(self, by: str, half: int, of: str = "load") -> np.ndarray:
         """(L, A, E) what each expert has of the load, or of the router's probability; sums to 1, nan where no token."""
+        if by == "word":
+            return self._shares_by_word(half, of)
         if of == "load":
             values = self.counts(by, half)
         else:
@@ -305,6 +337,12 @@ class RoutingData:
             weights = self[f"{name}_counts"][half].sum(axis=-1, keepdims=True, dtype=np.float64)
             values = self[f"{name}_probs"][half] * weights  # (L, B or S, ..., E)
             values = values if by == "step" else values.sum(axis=1, keepdims=by == "layer")
+        with np.errstate(invalid="ignore"):
+            return values / values.sum(axis=-1, keepdims=True)
+
+    def _shares_by_word(self, half: int, of: str) -> np.ndarray:
+        tokens = self.counts("class", half).sum(axis=-1, keepdims=True)
+        values = self.by_word(self.shares("class", half, of) * tokens)
         with np.errstate(invalid="ignore"):
             return values / values.sum(axis=-1, keepdims=True)
 

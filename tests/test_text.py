@@ -16,6 +16,7 @@ from cli import UsageError
 from conditions import Captions, Prompts
 from data import Reading
 from metrics import Judge
+from prompts import read_prompts
 from scripts import scenes
 from scripts.digits import split_digits
 
@@ -253,7 +254,8 @@ def test_other_words_make_another_image(run):
 REFUSED = {
     "a label": (["--class-labels", 3], "--class-labels: 0000004 draws from texts; give --prompt"),
     "another encoder": (["--text-encoder", "t5"], "--text-encoder t5 contradicts"),
-    "no file": (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt cannot be read: No such file"),
+    "no file": (["--prompt-file", "nowhere.txt"], "prompts nowhere.txt cannot be read: No such file"),
+    "no prompts": (["--prompts", "nowhere.png"], "prompts are a file with one of the suffixes .txt .jsonl .csv .json"),
 }
 
 
@@ -267,7 +269,100 @@ def test_what_a_model_of_texts_does_not_draw(case, run, tmp_path):
 @pytest.mark.parametrize("command", ["sample_ddp.py", "analysis/expert_data.py"])
 def test_what_draws_classes_says_so(command, run):
     error = script(command, "--ckpt", run, "--device", "cpu", check=2).stderr
-    assert "draws from texts, this command from classes; sample.py --prompt draws them" in error
+    assert "draws from texts: --prompts FILE says which" in error
+
+
+DRAW = ["--device", "cpu", "--num-sampling-steps", 2, "--cfg-scale", 2]
+
+
+def test_sets_of_prompts(run, tmp_path):
+    """Several images of each, the same for any number of processes, in both layouts; to be read as a data set."""
+    listed = run.parent.parent / "scenes" / "new.jsonl"
+    command = ["sample_ddp.py", "--ckpt", run, *DRAW, "--prompts", listed, "--images-per-prompt", 2, "--sample-dir"]
+    script(*command, tmp_path / "one", "--per-proc-batch-size", 4)
+    script(*command, tmp_path / "two", "--layout", "geneval", "--per-proc-batch-size", 2, processes=2)
+    one, two = (next((tmp_path / name).iterdir()) for name in ("one", "two"))
+    with np.load(one / "samples.npz") as a, np.load(two / "samples.npz") as b:
+        assert a["labels"].tolist() == b["labels"].tolist() == [0, 0, 1, 1, 2, 2]
+        assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
+        pixels = b["arr_0"]
+    captions = [json.loads(line)["caption"] for line in listed.read_text().splitlines()]
+    _, pairs = read_captions(one)
+    assert pairs == [(f"{i:06d}.png", captions[i // 2]) for i in range(6)]
+    for number in range(6):
+        folder = two / f"{number // 2:05d}"
+        assert np.array_equal(np.array(Image.open(folder / "samples" / f"{number % 2:05d}.png")), pixels[number])
+        assert json.loads((folder / "metadata.jsonl").read_text())["caption"] == captions[number // 2]
+    next((two / "00001" / "samples").iterdir()).unlink()
+    again = script(*command, tmp_path / "two", "--layout", "geneval").stdout
+    assert "all were there already" in again and len(list(two.rglob("*.png"))) == 6
+    error = script(*command, tmp_path / "two", check=2).stderr
+    assert "drawn with layout geneval, now it is None" in error
+
+
+def test_measured_from_prompts(run, tmp_path):
+    scenes_of = run.parent.parent / "scenes"
+    common = ["calculate_metrics.py", "eval", run, "--ref", scenes_of / "images", "--features", "pixels", *DRAW]
+    script(*common, "--prompts", scenes_of / "captions.jsonl", "--num-samples", 8, "--output", tmp_path / "x.json")
+    found = read_json(tmp_path, "x")
+    assert found["samples"]["count"] == 8 and found["samples"]["settings"]["images-per-prompt"] == 1
+    assert "--prompts FILE says which" in script(*common, check=2).stderr
+
+
+def test_which_expert_takes_which_word(run, tmp_path):
+    """Prompts are the classes of the analysis; words, what some of them have."""
+    from analysis.routing import RoutingData
+
+    (tmp_path / "p.txt").write_text("a seven at the top\na two at the top\na seven below\n")
+    path = tmp_path / "routing.npz"
+    script("analysis/expert_data.py", "--ckpt", run, *DRAW, "--prompts", tmp_path / "p.txt", "--output", path)
+    data = RoutingData.load(path)
+    assert data.of_texts and data.about["class_names"][2] == "a seven below"
+    assert data.words == {"at": [0, 1], "seven": [0, 2], "the": [0, 1], "top": [0, 1]}
+    counts = data.counts("class", 0)
+    expected = counts[:, [0, 2]].sum(axis=1)
+    shares = data.shares("word", 0)[:, 1]
+    assert np.allclose(shares, expected / expected.sum(axis=-1, keepdims=True))
+    printed = script("analysis/heatmaps.py", path, "--formats", "png", "--dpi", 50).stdout
+    assert "by-word.png" in printed and "by-class.png" in printed
+    script("analysis/report.py", path)
+    assert "3 prompts" in path.with_suffix(".html").read_text()
+
+
+LISTS = {
+    "lines.txt": "first\n\n second \n",
+    "captions.jsonl": '{"caption": "first"}\n{"prompt": "second", "tag": "colors"}\n',
+    "sheet.csv": "id,prompt\n1,first\n2,second\n",
+    "meta_data.json": '{"a1": {"category": "people", "prompt": "first"}, "b2": {"prompt": "second"}}',
+    "captions_val2014.json": '{"images": [], "annotations": [{"image_id": 9, "caption": "first"}, '
+    '{"image_id": 8, "caption": "second"}]}',
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_of_prompts(name, tmp_path):
+    (tmp_path / name).write_text(LISTS[name])
+    assert [prompt.text for prompt in read_prompts(tmp_path / name)] == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "\n", "there are none in it"),
+        ("a.txt", "x" * 10_001, "number 1 has 10001 characters"),
+        ("a.jsonl", '{"text": "x"}', "line 1: expected a text under prompt or caption"),
+        ("a.jsonl", "x", "cannot be read: Expecting value"),
+        ("a.csv", "prompt\nx\n\u0020\n", "number 2 is empty"),
+        ("a.json", "3", "expected an object or a list"),
+        ("a.json", '{"a": "x"}', "expected a text under"),
+        ("a.txt", b"\xff\xfe", "cannot be read: 'utf-8' codec"),
+    ],
+)
+def test_wrong_lists_are_one_line(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError) as error:
+        read_prompts(tmp_path / name)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_texts_and_classes_do_not_mix(run, tmp_path):
