@@ -31,10 +31,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from autoencoders import SpaceInfo
+from autoencoders import SpaceInfo, space_info
+from caption_features import FeatureShards, StoredTexts
 from cli import UsageError
 from data import FileSamples, ImageData, Reading, Samples, draw_randomness, is_data, parallel, require_folder
 from hub import brief
+from latents import MANIFEST, LatentShards, read_manifest
 from prompts import LONGEST
 from text import padded
 
@@ -126,8 +128,8 @@ class CaptionedSamples(Samples):
         return record | {"captions": self.known()}
 
     def known(self) -> list[str]:
-        """Some captions."""
-        return [self.texts[number] for number in range(min(KNOWN, len(self.texts)))]
+        """The first captions."""
+        return [] if self.texts is None else [self.texts[number] for number in range(min(KNOWN, len(self.texts)))]
 
 
 # --------------------------------------------------------------------------------------------------------------- images
@@ -309,12 +311,16 @@ class NpzFeatures:
 
     def __init__(self, folder: Path, names: Sequence[str]):
         self.folder, self.names = folder, np.array([os.fsencode(name) for name in names])
-        self.width = self.batch([0])[0].shape[2]
+        self.shape = self._arrays(0)[0].shape  # tokens, masked ones too, and their width
 
     def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         return padded([self._read(number) for number in numbers])
 
     def _read(self, number: int) -> Tensor:
+        features, mask = self._arrays(number)
+        return torch.from_numpy(features[mask.astype(bool)]).float()
+
+    def _arrays(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         path = self.folder / f"{os.fsdecode(self.names[number])}.npz"
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -324,7 +330,7 @@ class NpzFeatures:
             raise UsageError(f"{path} holds no features of a caption: {brief(error)}") from None
         if len(mask) != len(features) or not mask.any():
             raise UsageError(f"{path} has {len(features)} tokens and a mask of {int(mask.sum())} among {len(mask)}")
-        return torch.from_numpy(features[mask.astype(bool)]).float()
+        return features, mask
 
 
 class NpyMoments(FileSamples):
@@ -348,6 +354,51 @@ class NpyMoments(FileSamples):
         if moments.ndim != 3 or moments.shape[0] % 2 or not np.isfinite(moments).all():
             raise ValueError(f"{name} holds {moments.shape}: expected finite (2C, h, w), means and deviations")
         return moments
+
+
+def open_captioned_features(
+    path: Path, image_size: int | None, vae_path: str, seed: int, flip: bool, encoded: bool
+) -> CaptionedSamples:
+    """Latents of images and captions, or their features, of a `--feature-path`.
+
+    Args:
+        vae_path: the autoencoder of latents that do not tell theirs: those of the SA-1B layout.
+        encoded: the caller encodes texts; else features on disk are what counts.
+
+    Raises:
+        UsageError: it has no captions, is damaged, or of another image size.
+    """
+    if (path / "partition").is_dir():
+        space = space_info(vae_path)
+        data = open_sa1b(
+            path, lambda names: NpyMoments(str(path / SA1B_LATENTS), names, space, seed), encoded, bare=True
+        )
+        if image_size not in (None, data.image_size):
+            raise UsageError(f"the features in {path} are of images of {data.image_size} pixels, not {image_size}")
+        return data
+    images = LatentShards(path, image_size, seed, flip)
+    manifest = images.manifest
+    if "text" not in manifest:
+        raise UsageError(f"{path} has latents without captions: extract them with --text-encoder")
+    features = FeatureShards(path, len(manifest["shards"]), manifest["text"])
+    if len(features.first) != len(images) + 1:
+        raise UsageError(f"{path}: captions of {len(features.first) - 1} images, latents of {len(images)}")
+    return CaptionedSamples(images, features.first, Texts([[text] for text in manifest["captions"]]), features)
+
+
+def stored_texts(path: Path) -> StoredTexts | None:
+    """What is known of features of captions in a `--data-path` or `--feature-path`; None where there are none."""
+    if (path / "partition").is_dir() and (path / SA1B_FEATURES).is_dir():
+        found = next((path / SA1B_FEATURES).rglob("*.npz"), None)
+        if found is None:
+            raise UsageError(f"{path / SA1B_FEATURES} has no .npz files")
+        one = NpzFeatures(found.parent, [found.stem])
+        length, width = one.shape
+        return StoredTexts(width, length, {"name": "t5", "kind": "t5", "length": length})
+    if (path / MANIFEST).is_file() and "text" in (manifest := read_manifest(path)):
+        record = manifest["text_encoder"]
+        return StoredTexts(manifest["text"]["width"], record["length"], record)
+    return None
 
 
 def open_sa1b(path: Path, images: Callable[[Sequence[str]], Samples], encoded: bool, bare: bool = False):

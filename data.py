@@ -206,7 +206,10 @@ class FileSamples(Samples):
         }
 
     def first_readable(self, index: int, load: Callable[[Any], Any]) -> tuple[int, Any]:
-        """The first of index, index+1, ... whose `source` `load` can read (it raises IMAGE_ERRORS), and what it gives."""
+        """The first of index, index+1, ... whose `source` is readable, and what `load` makes of it.
+
+        `load` raises one of IMAGE_ERRORS where it is not.
+        """
         reason = None
         for candidate in (index, *successors(index, len(self))):
             try:

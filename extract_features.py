@@ -1,6 +1,7 @@
 """Encode a folder of images once, so that training needs neither the images nor the autoencoder.
 
 torchrun --nproc_per_node=8 extract_features.py --data-path imagenet/train --features-path features --vae-path mse
+torchrun --nproc_per_node=8 extract_features.py --data-path captioned --text-encoder t5 --features-path features
 python train.py --feature-path features ...
 
 N images of a batch, n of a shard, C latent channels, h w latent height and width
@@ -8,7 +9,8 @@ N images of a batch, n of a shard, C latent channels, h w latent height and widt
 latents.py says what is written: for every image and its mirror image the mean and standard deviation of the posterior.
 A shard is a stretch of the data set, cut into batches of its own, so its bytes do not depend on how many processes
 there are. It is written beside and renamed when whole, and then described in a file of its own: what a killed run has
-finished is kept. The manifest comes last, when every file has been read back.
+finished is kept. The manifest comes last, when every file has been read back. Features of captions, with
+`--text-encoder`, are written shard by shard likewise.
 """
 
 import contextlib
@@ -31,9 +33,13 @@ from torch.utils.data import DataLoader, Dataset
 import cli
 import distributed
 import machine
+import text
 from autoencoders import LatentVAE, load_space, space_info
+from caption_features import DTYPES as DTYPES_OF_CAPTIONS
+from caption_features import EMPTY, in_half, write_array, write_captions
+from captions import KNOWN, CaptionedSamples, open_captioned
 from cli import RunStopped, UsageError, natural_int, positive_int
-from data import ImageData, Reading, UnreadableImages, to_unit_range
+from data import ImageData, Reading, UnreadableImages, successors, to_unit_range
 from files import UNFINISHED, digest, remedy, replace_json, replacing
 from latents import (
     FORMAT,
@@ -64,7 +70,7 @@ STALLED_AFTER = 1800  # seconds without a byte from any process
 def get_parser() -> cli.Parser:
     parser = cli.Parser(prog="extract_features.py", description=__doc__.partition("\n")[0])
     group = parser.add_argument_group("images")
-    group.add_argument("--data-path", type=Path, help="folder with one folder of images per class")
+    group.add_argument("--data-path", type=Path, help="folder with one folder of images per class, or with captions")
     group.add_argument("--image-size", type=positive_int, default=256, help="side of the images, in pixels")
     group.add_argument("--background", default=Reading.background, help="colour under transparency: white, #rrggbb")
     group.add_argument("--num-workers", type=natural_int, default=4, help="processes that load images; 0: none")
@@ -73,6 +79,10 @@ def get_parser() -> cli.Parser:
     group.add_argument("--vae-path", "--vae", default="mse", help="folder, hub name, mse, or ema")
     group.add_argument("--batch-size", type=positive_int, default=32, help="images at once, with their mirror images")
     group.add_argument("--model", help="accepted for fast-DiT's commands; has no effect")
+
+    group = parser.add_argument_group("captions")
+    text.add_encoder_arguments(group, "of images with captions")
+    group.add_argument("--caption-dtype", choices=DTYPES_OF_CAPTIONS, default="fp16", help="of their features")
 
     group = parser.add_argument_group("features")
     group.add_argument(
@@ -131,6 +141,8 @@ class Job:
     num_workers: int
     finished: dict[int, dict]  # shard -> what the manifest will say of it
     complete: bool  # nothing is left to do
+    captions: CaptionedSamples | None = None  # whose images `data` are
+    encoder: text.TextEncoder | None = None
 
     def __post_init__(self):
         self.shard_size = self.settings["shard_size"]
@@ -152,7 +164,7 @@ def prepare(args, processes: distributed.Processes) -> Job:
     Raises:
         UsageError: flags or images are wrong, or the folder holds something else.
     """
-    data, shard_size, space = processes.together(lambda: open_inputs(args))
+    data, shard_size, space, captions, encoder = processes.together(lambda: open_inputs(args))
     settings = {
         "format": FORMAT,
         "image_size": args.image_size,
@@ -162,8 +174,14 @@ def prepare(args, processes: distributed.Processes) -> Job:
         "shard_size": shard_size,
         "precision": args.precision or ("fp16" if processes.device.type == "cuda" else "fp32"),
         "autoencoder": space.record(),
-        "data": processes.from_main(data.record() if processes.is_main else None),
+        "data": processes.from_main((captions or data).record() if processes.is_main else None),
     }
+    if captions is not None:
+        settings["captions"] = settings["data"].pop("captions")
+        settings["data"]["class_names"] = []
+        settings["text"] = {"width": encoder.width, "dtype": DTYPES_OF_CAPTIONS[args.caption_dtype]}
+        settings["text_encoder"] = encoder.record()
+        encoder.to(processes.device)
     finished, complete = processes.on_main(lambda: open_folder(args.features_path, settings))
     if processes.is_main:
         print("".join(f"{note}\n" for note in data.notes), end="")
@@ -171,29 +189,53 @@ def prepare(args, processes: distributed.Processes) -> Job:
     if processes.device.type == "cuda":
         space.vae.to(memory_format=torch.channels_last)  # the layout of half-precision convolutions
     return Job(
-        args.features_path, processes, data, space, settings, args.batch_size, args.num_workers, finished, complete
+        args.features_path,
+        processes,
+        data,
+        space,
+        settings,
+        args.batch_size,
+        args.num_workers,
+        finished,
+        complete,
+        captions,
+        encoder,
     )
 
 
-def open_inputs(args) -> tuple[ImageData, int, LatentVAE]:
-    """The images, how many of them make a shard, and the autoencoder."""
+def open_inputs(args):
+    """The images, how many of them make a shard, the autoencoder; their captions and what encodes them, if any."""
     if args.data_path is None:
         raise UsageError("--data-path is missing: the folder of images to encode")
     facts = space_info(args.vae_path)
     if not facts.samples_posterior:
         raise UsageError("--vae-path none has nothing to extract: train.py reads the images themselves")
-    data = ImageData(args.data_path, args.image_size, facts, seed=0, flip=False, reading=Reading(args.background))
-    return data, choose_shard_size(args.shard_size, len(data)), load_space(args.vae_path)
+    settings = {"seed": 0, "flip": False, "reading": Reading(args.background)}
+    captions = encoder = None
+    if args.text_encoder is None:
+        cli.check_needs(args, (NEEDS_ENCODER,))
+        data = ImageData(args.data_path, args.image_size, facts, **settings)
+    else:
+        encoder = text.open_encoder(args.text_encoder, args.max_text_tokens or 0)
+        captions = open_captioned(args.data_path, args.image_size, facts, **settings)
+        data = captions.images
+    at_most = MAX_SHARDS // (1 if captions is None else 2)
+    return data, choose_shard_size(args.shard_size, len(data), at_most), load_space(args.vae_path), captions, encoder
 
 
-def choose_shard_size(asked: int | None, num_images: int) -> int:
+NEEDS_ENCODER = cli.Need(
+    ("max_text_tokens", "caption_dtype", "tokenizer_path"), lambda args: args.text_encoder is not None, "--text-encoder"
+)
+
+
+def choose_shard_size(asked: int | None, num_images: int, at_most: int = MAX_SHARDS) -> int:
     """What was asked for, or the default, which depends on the number of images alone."""
     if asked is None:
-        return next(size for size in (1024 * 2**i for i in itertools.count()) if num_images <= size * MAX_SHARDS)
-    if num_images > asked * MAX_SHARDS:
+        return next(size for size in (1024 * 2**i for i in itertools.count()) if num_images <= size * at_most)
+    if num_images > asked * at_most:
         raise UsageError(
             f"--shard-size {asked} would make {-(-num_images // asked)} files, and training keeps all of them open; "
-            f"{-(-num_images // MAX_SHARDS)} or more makes at most {MAX_SHARDS}"
+            f"{-(-num_images // at_most)} or more makes at most {at_most}"
         )
     return asked
 
@@ -235,13 +277,16 @@ def compare(folder: Path, before: dict, now: dict) -> None:
 
     def flat(settings: dict) -> dict:
         parts = {"": settings, "data ": settings["data"], "autoencoder ": settings["autoencoder"]}
+        parts |= {"text ": settings.get("text", {}), "text encoder ": settings.get("text_encoder", {})}
         return {f"{part}{key}": value for part, values in parts.items() for key, value in values.items()}
 
     was, now = flat(before), flat(now)
-    ignored = {"data", "autoencoder", "autoencoder path"}
+    ignored = {"data", "autoencoder", "autoencoder path", "text", "text_encoder", "captions"}
+    ignored |= {"text encoder name"} if "text encoder sha256" in now else set()
     ignored |= {"data class_names", "data reading"}  # the fingerprint covers both
     keys = [key for key in now if key not in ignored and was.get(key) != now[key]]
-    if different := [f"{key} was {str(was.get(key))[:20]}, is {str(now[key])[:20]}" for key in keys]:
+    keys += [key for key in was if key.startswith("text ") and key not in now]
+    if different := [f"{key} was {str(was.get(key))[:20]}, is {str(now.get(key))[:20]}" for key in keys]:
         raise UsageError(
             f"--features-path {folder} holds features of other settings or images: {'; '.join(different)}. "
             f"They are kept; give another folder"
@@ -345,6 +390,9 @@ def write_shard(job: Job, shard: int, batches: Iterator, dtype: torch.dtype, unr
             labels += batch["label"].tolist()
             replaced += bad
             job.progress.report()
+    found = labels  # of captioned images, the label is the number of the one that was read
+    if job.captions is not None:
+        labels = [0] * len(found)
     record = {
         "file": path.name,
         "bytes": path.stat().st_size,
@@ -352,7 +400,18 @@ def write_shard(job: Job, shard: int, batches: Iterator, dtype: torch.dtype, unr
         "labels": [[label, len(list(run))] for label, run in itertools.groupby(labels)],  # [label, how many in a row]
         "unreadable": [{"index": index, "name": os.fsdecode(job.data.names[index])} for index in replaced],
     }
+    if job.captions is not None:
+        texts = [job.captions.texts.of_image(image) for image in found]
+        record["captions"] = encode_captions(job, shard, texts)
     replace_json(record_path(job.folder, shard), record)
+
+
+def encode_captions(job: Job, shard: int, texts: list[list[str]]) -> list[dict]:
+    """Features of the captions of a shard's images. Raises RunStopped where half precision does not hold them."""
+    try:
+        return write_captions(job.folder, shard, texts, job.encoder, job.settings["text"]["dtype"])
+    except ValueError as error:
+        raise RunStopped(f"{error}: --caption-dtype bf16, and another folder") from None
 
 
 def replaced_in(record: dict) -> list[int]:
@@ -463,22 +522,38 @@ def require_undamaged(folder: Path, records: list[dict], processes: distributed.
 
 def seal(job: Job, records: list[dict]) -> None:
     """Write the names and the manifest; from now on the records of single shards are not needed."""
-    runs = [run for record in records for run in record["labels"]]
-    counts = np.zeros(job.data.num_classes, dtype=int)
-    for label, number in runs:
-        counts[label] += number
+    facts = {}
+    if job.captions is None:
+        counts = np.zeros(job.data.num_classes, dtype=int)
+        for label, number in (run for record in records for run in record["labels"]):
+            counts[label] += number
+        facts["class_counts"] = counts.tolist()
     replace_json(job.folder / NAMES, [os.fsdecode(name) for name in job.data.names])
     manifest = job.settings | {
-        "data": job.settings["data"] | {"class_counts": counts.tolist()},
+        "data": job.settings["data"] | facts,
         "unreadable": sum(len(record["unreadable"]) for record in records),
         "versions": {"torch": torch.__version__, "diffusers": version("diffusers"), "numpy": np.__version__},
         "images": {"file": NAMES} | digest(job.folder / NAMES),
         "shards": records,
     }
+    if job.captions is not None:
+        features, mask = job.encoder([""])
+        empty = in_half(features[mask], job.settings["text"]["dtype"])
+        manifest["empty"] = write_array(job.folder / EMPTY, empty)
+        manifest["captions"] = first_captions(job, {index for record in records for index in replaced_in(record)})
     write_manifest(job.folder, manifest)
     (job.folder / PLAN).unlink()
     for path in job.folder.glob("shard-*.json"):
         path.unlink()
+
+
+def first_captions(job: Job, unreadable: set[int]) -> list[str]:
+    """Of the images whose features come first, where an unreadable one stands for its successor."""
+    count, found = len(job.data), []
+    for index in range(min(KNOWN, count)):
+        there = next(each for each in (index, *successors(index, count)) if each not in unreadable)
+        found += job.captions.texts.of_image(there)
+    return found[:KNOWN]
 
 
 def describe(job: Job) -> None:
@@ -486,8 +561,12 @@ def describe(job: Job) -> None:
     if job.processes.is_main:
         size = sum(record["bytes"] for record in job.finished.values()) / 1e9
         bad = sum(len(record["unreadable"]) for record in job.finished.values())
+        of = f"of {job.data.num_classes} classes"
+        if job.captions is not None:
+            count, kept = len(job.captions.texts), [file for r in job.finished.values() for file in r["captions"]]
+            of = f"with {count:,} captions of {sum(file['bytes'] for file in kept) / count:,.0f} bytes each"
         print(
-            f"{job.folder}: {len(job.data):,} images ({bad} unreadable, replaced) of {job.data.num_classes} classes, "
+            f"{job.folder}: {len(job.data):,} images ({bad} unreadable, replaced) {of}, "
             f"{job.num_shards} shards, {size:.3g} GB, {'complete already' if job.complete else 'all read back'}"
         )
 

@@ -8,6 +8,7 @@ A folder that extract_features.py has finished:
     images.json       the images' names, in the order of the data set
     shard-00000.npy   (n,2,2,C,h,w) of each image as it is and mirrored, of these the posterior's mean and standard
     ...               deviation
+    captions-...      features of captions, where there are some: caption_features.py
 
 Moments are kept instead of a sample, so that every epoch draws its own latents, as it does from images. They stand in
 the autoencoder's own units: its deviations lie in [e^-15, e^10], which float16 holds, never as 0 and never as infinity;
@@ -30,6 +31,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from autoencoders import SpaceInfo
+from caption_features import TextSettings
 from cli import UsageError
 from configuration import LIMITS
 from data import (
@@ -72,6 +74,7 @@ class Unreadable(TypedDict):
 class Shard(File):
     labels: Annotated[list[Annotated[list[Natural], Field(min_length=2, max_length=2)]], Field(min_length=1)]
     unreadable: list[Unreadable]
+    captions: NotRequired[list[File]]  # features, and where they end
 
 
 class Autoencoder(TypedDict):
@@ -99,12 +102,16 @@ class Settings(TypedDict):
     shard_size: Positive
     autoencoder: Autoencoder
     data: Images
+    text: NotRequired[TextSettings]  # of features of captions
+    text_encoder: NotRequired[dict]
+    captions: NotRequired[list[Name]]  # the first ones
 
 
 class Manifest(Settings):
     """manifest.json"""
 
     images: NotRequired[File]
+    empty: NotRequired[File]  # features of the empty caption
     shards: Annotated[list[Shard], Field(min_length=1)]
     sha256: str
 
@@ -141,14 +148,14 @@ class LatentShards(Samples):
 
     def __init__(self, path: str | Path, image_size: int | None, seed: int, flip: bool = True):
         self.folder = Path(path)
-        manifest = read_manifest(self.folder)
+        manifest = self.manifest = read_manifest(self.folder)
         if image_size not in (None, manifest["image_size"]):
             raise UsageError(
                 f"the features in {path} are of images of {manifest['image_size']} pixels, not {image_size}: "
                 f"--image-size {manifest['image_size']}, or other features"
             )
         shards = manifest["shards"]
-        for record in shards:
+        for record in (*shards, *([manifest["empty"]] if "empty" in manifest else ())):
             if problem := damage(self.folder, record, read=False):
                 raise UsageError(f"{problem}; {REPAIR}")
         labels, counts = zip(*(run for record in shards for run in record["labels"]), strict=True)
@@ -327,7 +334,7 @@ def check_agreement(path: Path, manifest: "Manifest") -> None:
             raise wrong(f"{shard['file']} of {shard['bytes']} bytes, expected {name} of {expected}")
         if sum(run for _, run in shard["labels"]) != count:
             raise wrong(f"{name} has {sum(run for _, run in shard['labels'])} labels for {count} images")
-        if (label := max(label for label, _ in shard["labels"])) >= classes:
+        if (label := max(label for label, _ in shard["labels"])) >= (classes or 1):
             raise wrong(f"{name} has label {label}, but there are {classes} class names")
         if any(image["index"] >= samples for image in shard["unreadable"]):
             raise wrong(f"{name} has an unreadable image beyond the {samples}")
@@ -339,7 +346,13 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 
 
 def damage(folder: Path, record: dict, read: bool = True) -> str | None:
-    """What is wrong with a file that a manifest names: nothing, or a line. Compares the size, and reads it if asked."""
+    """What is wrong with a file that a manifest names: nothing, or a line. Compares the size, and reads it if asked.
+
+    Of a shard its features of captions count too.
+    """
+    for other in record.get("captions", ()):
+        if problem := damage(folder, other, read):
+            return problem
     path, expected = folder / record["file"], record["bytes"]
     size = file_size(path)
     if size < 0:

@@ -25,7 +25,8 @@ import objectives
 import profiling
 import text
 from autoencoders import add_root_arguments, load_space, space_info, vae_below
-from captions import CaptionedImages
+from caption_features import StoredTexts
+from captions import open_captioned, open_captioned_features, stored_texts
 from cli import (
     Need,
     Parser,
@@ -221,7 +222,6 @@ NEEDS = (  # besides those of objectives.py
     ),
     Need(("allow_changes",), lambda args: args.resume is not None, "--resume"),
     Need(("background",), lambda args: args.data_path is not None, "--data-path (features are made already)"),
-    Need(("num_classes",), lambda args: args.text_encoder is None, "classes (--text-encoder reads captions)"),
     Need(
         ("max_text_tokens", "tokenizer_path", "reading"),
         lambda args: args.text_encoder is not None,
@@ -408,8 +408,8 @@ def _choose(args, processes: distributed.Processes) -> Choices:
     args.precision = choose_precision(args.precision, processes.device)
     if (args.data_path is None) == (args.feature_path is None):
         raise UsageError("give either --data-path (a folder of images per class) or --feature-path (latents)")
-    if args.data_path is not None and args.text_encoder is None:  # captions may be a file
-        require_folder(args.data_path, "data path")
+    if args.text_encoder is None or args.data_path is None:  # captions may be a file
+        require_folder(args.data_path or args.feature_path, "data path" if args.data_path else "feature path")
     args.accum_iter = choose_accumulation(args, processes.world_size)
     args.vae_path = vae_below(args, args.vae_path)
     if args.model in DiT_models:
@@ -462,7 +462,9 @@ def choose_accumulation(args, world_size: int) -> int:
 
 def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distributed.Processes) -> Run:
     args, model, objective = choices.args, choices.model, choices.objective
-    data, space, space_record = open_data(args, resumed)
+    data, space, space_record = open_data(args, resumed, choices.encoder)
+    if isinstance(choices.encoder, StoredTexts):
+        choices.encoder.data = data
     if args.num_classes is None:  # a resumed run keeps its own
         kept = None if resumed is None else resumed.config["model"].get("num_classes", 1000)
         args.num_classes = kept or data.num_classes or 1  # images with captions are of none
@@ -568,10 +570,10 @@ def of_texts(model: DiTConfig, encoder: text.TextEncoder | None, args, weights) 
         if model.caption_width:
             raise UsageError(f"{args.model or args.init_from} draws from texts: give --text-encoder, and captions")
         return model
+    if "num_classes" in args.given:
+        raise UsageError(f"{args.given['num_classes']} does nothing: the images have captions, not classes")
     if args.metrics_every:
         raise UsageError("--metrics-every compares images of classes: drop it, or --text-encoder")
-    if args.feature_path is not None:
-        raise UsageError("--text-encoder needs --data-path, a folder of images with captions")
     if weights is not None and weights.config.caption_width != encoder.width:
         was = f"texts of {weights.config.caption_width} features" if weights.config.caption_width else "classes"
         raise UsageError(f"--text-encoder {args.text_encoder} contradicts {args.init_from}, which is of {was}")
@@ -582,12 +584,24 @@ def of_texts(model: DiTConfig, encoder: text.TextEncoder | None, args, weights) 
 
 
 def open_encoder(args) -> text.TextEncoder | None:
-    """Of `--text-encoder`. Raises UsageError."""
+    """Of `--text-encoder`, or what is on disk in its place.
+
+    Raises:
+        UsageError: there is no such encoder, or the features are of another one.
+    """
+    stored = stored_texts(args.data_path or args.feature_path)
     if args.text_encoder is None:
-        return None
+        return stored
     if args.tokenizer_path not in (None, args.text_encoder):
         raise UsageError(f"--tokenizer-path {args.tokenizer_path}: the tokenizer is that beside --lm; put it there")
-    return text.open_encoder(args.text_encoder, args.max_text_tokens or 0)
+    encoder = text.open_encoder(args.text_encoder, args.max_text_tokens or 0)
+    if stored is not None and args.feature_path is not None:
+        was, now = ({k: v for k, v in each.record().items() if k != "name"} for each in (stored, encoder))
+        if different := [key for key in was if was[key] != now.get(key)]:
+            key = different[0]
+            was = f"the features in {args.feature_path} were made with {was[key]}"
+            raise UsageError(f"--text-encoder {args.text_encoder} has {key} {now.get(key)}, {was}: drop the flag")
+    return encoder
 
 
 def differences(weights: checkpoint.Weights, record: dict) -> list[str]:
@@ -613,7 +627,7 @@ def choose_precision(name: str | None, device: torch.device) -> str:
     return machine.choose_precision(name, device)
 
 
-def open_data(args, resumed: "Resumed | None"):
+def open_data(args, resumed: "Resumed | None", encoder: text.TextEncoder | None):
     """The samples, what turns latents into images (None where none are drawn), and what checkpoints say of that.
 
     Sets the flags that features answer: `image_size`, and `vae_path` where shards of moments name their own.
@@ -622,25 +636,33 @@ def open_data(args, resumed: "Resumed | None"):
         recorded = resumed is None or "background" in args.given or "reading" in resumed.config.get("data", {})
         reading = Reading(args.background) if recorded else AS_BEFORE
         facts = space_info(args.vae_path)
-        kind = ImageData if args.text_encoder is None else CaptionedImages
-        data = kind(args.data_path, args.image_size, facts, args.global_seed, args.flip, reading)
+        settings = (args.image_size, facts, args.global_seed, args.flip, reading)
+        if encoder is None:
+            data = ImageData(args.data_path, *settings)
+        else:
+            data = open_captioned(args.data_path, *settings, encoded=args.text_encoder is not None)
         if not recorded:
             data.notes.append("transparency and EXIF rotation are ignored, as when this run began")
         space = load_space(args.vae_path)
         return data, space, space.record()
 
-    size = args.image_size if "image_size" in args.given else None
-    data, draws = open_features(args.feature_path, size, args.global_seed, args.flip), _draws_images(args)
+    size, draws = args.image_size if "image_size" in args.given else None, _draws_images(args)
+    if encoder is None:
+        images = data = open_features(args.feature_path, size, args.global_seed, args.flip)
+    else:
+        settings = (size, args.vae_path, args.global_seed, args.flip)
+        data = open_captioned_features(args.feature_path, *settings, encoded=args.text_encoder is not None)
+        images = data.images
     args.image_size = data.image_size
-    if not isinstance(data, LatentShards):
+    if not isinstance(images, LatentShards):
         space = load_space(args.vae_path) if draws else None
         return data, space, {"path": args.vae_path} if space is None else space.record()
     if not (draws and "vae_path" in args.given):
-        args.vae_path = data.space.path
+        args.vae_path = images.space.path
     space = load_space(args.vae_path) if draws else None
     if space is not None:
-        data.compare_with(space)
-    return data, space, data.space_record()
+        images.compare_with(space)
+    return data, space, images.space_record()
 
 
 def _draws_images(args) -> bool:

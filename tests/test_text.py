@@ -11,7 +11,7 @@ from test_training import assert_same_state
 
 import text
 from autoencoders import space_info
-from captions import CaptionedImages, read_captions
+from captions import open_captioned, read_captions
 from cli import UsageError
 from conditions import Captions, Prompts
 from data import Reading
@@ -74,14 +74,14 @@ SHEET = {"captions.csv": "path,caption\na.png,first\nsub/b.png,zweites ü\n"}
 
 @pytest.mark.parametrize("texts", [PAIRS, TABLE, SHEET], ids=["pairs", "table", "sheet"])
 def test_captions_beside_images_and_in_a_table(texts, tmp_path):
-    data = CaptionedImages(captioned(tmp_path, texts), 8, space_info("none"), 0, False, Reading())
+    data = open_captioned(captioned(tmp_path, texts), 8, space_info("none"), 0, False, Reading())
     assert len(data) == 2 and data.num_classes == 0
     items = [data[0, index] for index in range(2)]
     assert [data.caption(int(item["y"])) for item in items] == ["first", "zweites ü"]
     assert items[1]["x"].mean() != items[0]["x"].mean()
     assert data.record()["captions"] == ["first", "zweites ü"]
     (tmp_path / next(iter(texts))).write_bytes(next(iter(texts.values())).replace("first", "other").encode())
-    again = CaptionedImages(tmp_path, 8, space_info("none"), 0, False, Reading())
+    again = open_captioned(tmp_path, 8, space_info("none"), 0, False, Reading())
     assert again.fingerprint() != data.fingerprint()
 
 
