@@ -1,9 +1,13 @@
-"""How good are generated images? FID, sFID, Inception Score, precision and recall; FD-DINOv2; numbers for small images.
+"""How good are generated images? FID, sFID, Inception Score, precision and recall; FD-DINOv2; numbers for small images;
+how far they are what prompts ask for: CLIP score, GenEval.
 
 python calculate_metrics.py eval samples.npz --ref VIRTUAL_imagenet256_labeled.npz
 torchrun --nproc_per_node=8 calculate_metrics.py eval results/000-DiT-S-2-8E2A-rf --ref ref.npz --cfg-scale 1.5
 torchrun --nproc_per_node=8 calculate_metrics.py ref imagenet/train --image-size 256 --output ref.npz
 python calculate_metrics.py eval samples.npz --features pixels --ref digits/held-out --train digits/train
+
+torchrun --nproc_per_node=8 calculate_metrics.py clip samples/coco --clip-weights openai/clip-vit-base-patch32
+torchrun --nproc_per_node=8 calculate_metrics.py geneval samples/geneval --output results.jsonl
 
 Samples are an `.npz` file (arr_0 uint8 NHWC, labels), a folder of images, or a checkpoint, from which they are drawn
 first. The reference is a file of `calculate_metrics.py ref` or of ADM's, an `.npz` of images, or a folder.
@@ -15,14 +19,16 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import clip_score
 import distributed
 import evaluation
+import geneval
 import machine
 import sampling
 from cli import Parser, RunStopped, UsageError, positive_int, run, values
 from evaluation import DrawnImages, Evaluator, Images, Statistics, measure, measure_reference, open_images
 from extractors import EXTRACTORS, Extractor, load_extractor
-from files import replace_json
+from files import replace_json, replace_lines
 
 
 def get_parser() -> Parser:
@@ -52,7 +58,32 @@ def get_parser() -> Parser:
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one"
     )
+
+    command = commands.add_parser("clip", help="how near images are to their captions, 100 times the cosine of CLIP's")
+    command.set_defaults(command=score_captions)
+    command.add_argument("images", type=Path, help="folder of images with captions, as sample_ddp.py leaves it")
+    group = command.add_argument_group("score")
+    group.add_argument("--clip-weights", default="ViT-B/32", help=f"folder, hub name, or {', '.join(clip_score.NAMES)}")
+    command.add_switch(group, "--names-are-captions", False, "images are called by their captions")
+    group.add_argument("--output", "--save-path", type=Path, help="CSV file for the score of each image")
+    add_machine_arguments(group)
+
+    command = commands.add_parser("geneval", help="whether the objects that GenEval's prompts ask for are there")
+    command.set_defaults(command=judge_objects)
+    command.add_argument("images", type=Path, help="folder of sample_ddp.py --layout geneval")
+    group = command.add_argument_group("networks")
+    group.add_argument("--detector", default="mask2former", help="Mask2Former on COCO instances: folder or hub name")
+    group.add_argument("--clip-weights", default="ViT-L/14", help="reads colours: folder, hub name, or a name as above")
+    group.add_argument("--output", "--outfile", type=Path, help="JSON lines, an image each")
+    add_machine_arguments(group)
     return parser
+
+
+def add_machine_arguments(group) -> None:
+    group.add_argument("--batch-size", type=positive_int, default=32, help="images a process takes at once")
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one"
+    )
 
 
 def add_feature_arguments(group) -> None:
@@ -105,6 +136,40 @@ def make_reference(args, processes: distributed.Processes) -> None:
     if processes.is_main:
         write(lambda: statistics.save(args.output), args.output)
         print(f"{args.output}: statistics of {args.features} features, {describe(vars(statistics))}")
+
+
+def score_captions(args, processes: distributed.Processes) -> None:
+    if args.output is not None:
+        processes.on_main(lambda: check_folder(args.output))
+    root, pairs = processes.together(lambda: clip_score.open_pairs(args.images, args.names_are_captions))
+    clip = processes.together(lambda: clip_score.CLIP(args.clip_weights, processes.device))
+    scores = clip_score.clip_scores(clip, root, pairs, processes, args.batch_size)
+    if processes.is_main:
+        print(f"CLIP score {scores.mean():.4f} of {len(scores)} images with captions ({clip.place})")
+        if args.output is not None:
+            write(lambda: clip_score.write_scores(args.output, pairs, scores), args.output)
+
+
+def judge_objects(args, processes: distributed.Processes) -> None:
+    if args.output is not None:
+        processes.on_main(lambda: check_folder(args.output))
+    samples = processes.together(lambda: geneval.open_samples(args.images))
+    detector = processes.together(lambda: geneval.Detector(args.detector, processes.device))
+    colours = processes.together(lambda: geneval.ColourReader(clip_score.CLIP(args.clip_weights, processes.device)))
+    mine = samples[processes.rank :: processes.world_size]
+    rows = [geneval.evaluate(path, clip_score.read_image(path), metadata, detector, colours) for path, metadata in mine]
+    rows = sorted((row for part in processes.gather(rows) for row in part), key=lambda row: row["filename"])
+    if processes.is_main:
+        print(table_of_tasks(geneval.summary(rows)))
+        if args.output is not None:
+            write(lambda: replace_lines(args.output, rows), args.output)
+
+
+def table_of_tasks(found: dict) -> str:
+    lines = [f"{'images':<16}{found['images']:>8}", f"{'prompts':<16}{found['prompts']:>8}"]
+    lines += [f"{name.replace('_', ' '):<16}{found[name]:>8.2%}" for name in ("correct_images", "correct_prompts")]
+    lines += [f"{tag:<16}{share:>8.2%}" for tag, share in found["tasks"].items()]
+    return "\n".join([*lines, f"{'overall':<16}{found['overall']:>8.5f}"])
 
 
 def check_paths(args) -> None:
