@@ -14,15 +14,17 @@ SCHEDULES = ("constant", "cosine", "linear")
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True}  # one kernel for all parameters on CUDA, and on a CPU too
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float, decay_all: bool = False) -> list[dict]:
     """An optimizer's groups, by the roles that layers declare: biases, norms and embedding tables do not decay.
 
+    `decay_all`: they do.
     Each has an `lr_factor`, its own share of the learning rate (`set_lr`), which leaves learning rate times decay the
     same. Parameters that are sharded over different meshes stand in different groups: one kernel cannot take both.
     """
     groups, roles, factors = {}, roles_of(model), lr_factors(model)
     for name, p in model.named_parameters():
-        decay = 0.0 if roles[name] in ("vector", "table") else weight_decay / factors[name]
+        exempt = roles[name] in ("vector", "table") and not decay_all
+        decay = 0.0 if exempt else weight_decay / factors[name]
         groups.setdefault((factors[name], decay, getattr(p, "device_mesh", None)), []).append(p)
     return [
         {"params": params, "lr": lr * factor, "lr_factor": factor, "weight_decay": decay}
@@ -30,8 +32,10 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
     ]
 
 
-def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameter_groups(model, lr, weight_decay), **ADAMW)
+def build_optimizer(
+    model: nn.Module, lr: float, weight_decay: float, eps: float = ADAMW["eps"], decay_all: bool = False
+) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameter_groups(model, lr, weight_decay, decay_all), **(ADAMW | {"eps": eps}))
 
 
 def set_lr(groups: list[dict], lr: float) -> None:

@@ -16,7 +16,9 @@ ROWS = {
 }
 QK_NORM = "head"
 EXPERTS_ARE_MLPS = False
-TRAINING = {"weight_decay": 0.03, "grad_clip": 0.01, "warmup_steps": 1000}  # flags of train.py with other defaults
+TRAINING = {  # flags of train.py whose defaults are others
+    **{"weight_decay": 0.03, "decay_all": True, "adam_eps": 1e-10, "grad_clip": 0.01, "warmup_steps": 1000},
+}
 TEXTS = {"modulation": "single"}
 MARK = re.compile(r"blocks\.0\.scale_shift_table")
 

@@ -60,7 +60,7 @@ from latents import LatentShards, open_features
 from layers import check_attention
 from models import CHECKPOINTING, DiT
 from objectives import add_objective_arguments, choose_objective, spell_out
-from optim import SCHEDULES
+from optim import ADAMW, SCHEDULES
 from parametrization import PARAMETRIZATIONS, is_mup
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -119,6 +119,13 @@ def add_training_arguments(parser: Parser) -> None:
         type=number_in(0, 1e3),
         default=0.0,
         help="of matrices; biases, norms and tables do not decay. Under muP lr x decay is the same for all",
+    )
+    parser.add_switch(group, "--decay-all", False, "they decay too (of PixArt, as published)")
+    group.add_argument(
+        "--adam-eps",
+        type=number_in(0, 1),
+        default=ADAMW["eps"],
+        help="epsilon of AdamW (of PixArt: 1e-10, as published)",
     )
     group.add_argument(
         "--grad-clip",

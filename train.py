@@ -96,7 +96,7 @@ class DDPEngine:
             fill({name: named[name] for name in weights.keys() & named.keys()}, weights)
         self.module.train()
         self.ema = EMA(self.module, args.ema_decay)
-        self.optimizer = build_optimizer(self.module, args.lr, args.weight_decay)
+        self.optimizer = build_optimizer(self.module, args.lr, args.weight_decay, args.adam_eps, args.decay_all)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.args.precision == "fp16")
 
     def _place(self) -> nn.Module:

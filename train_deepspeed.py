@@ -141,7 +141,7 @@ def complete_config(config: dict, run: runs.Run) -> dict:
         "optimizer.params.lr": ("--lr", args.lr),
         "optimizer.params.weight_decay": ("--weight-decay", args.weight_decay),
         "optimizer.params.betas": ("the optimizer", list(ADAMW["betas"])),
-        "optimizer.params.eps": ("the optimizer", ADAMW["eps"]),
+        "optimizer.params.eps": ("--adam-eps", args.adam_eps),
     }
     for entry, value in entries(config):
         flag, ours = decided.get(entry, (None, None))
@@ -273,12 +273,13 @@ class ZeroEngine:
         # DeepSpeed switches an autocast around its forward off: it has to be inside.
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.module.forward = autocast(self.module.forward)
-        groups = parameter_groups(self.module, args.lr, args.weight_decay)  # by shape, which sharding will take away
+        # By shape, which sharding will take away.
+        groups = parameter_groups(self.module, args.lr, args.weight_decay, args.decay_all)
         names = {parameter: name for name, parameter in self.module.named_parameters()}
         self.module.materialize(self.device, then=self._shard(config) if self.stage == 3 else None)
         parameters = dict(self.module.named_parameters())
         groups = [group | {"params": [parameters[names[p]] for p in group["params"]]} for group in groups]
-        optimizer = torch.optim.AdamW(groups, **ADAMW)
+        optimizer = torch.optim.AdamW(groups, **(ADAMW | {"eps": args.adam_eps}))
         self.engine = self.deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)[0]
         self.zero = self.engine.optimizer
         self.fragments = {name: self._fragment(parameter) for name, parameter in parameters.items()}

@@ -1,7 +1,8 @@
 # What all the published runs share; sourced by train_*.sh and sample.sh, which hold what differs.
 #
 # Variables, for training:
-#   DATA_PATH          folder of training images, one folder per class (needed)
+#   DATA_PATH          folder of training images, one folder per class, or with captions (needed)
+#   FEATURE_PATH       features of extract_features.py, in its place
 #   OBJECTIVE          rf (rectified flow, default) or ddpm
 #   GLOBAL_BATCH_SIZE  images per step over all GPUs (1024); with few GPUs add --accum_iter N
 #   ENGINE             who holds what, where the choice of the script does not suit: ddp, sdp, fsdp (train.py
@@ -42,9 +43,11 @@ is_flow() {
 # Train with the hyper-parameters of the paper: batch 1024, AdamW at 1e-4 (its default), no weight decay, EMA 0.9999, flips.
 # The same command again goes on from the newest checkpoint.
 #   train ENGINE flags...    with the engine that suits the size
+# A script of images with captions says so in `condition`, in place of the classes.
 train() {
-  : "${DATA_PATH:?set it to the folder of training images, one folder per class}"
-  local objective=${OBJECTIVE:-rf} size rf trainer
+  [[ -n ${FEATURE_PATH:-} ]] || : "${DATA_PATH:?set it to the folder of training images, one folder per class}"
+  local objective=${OBJECTIVE:-rf} size rf trainer data=(--data-path "${DATA_PATH:-}")
+  [[ -n ${FEATURE_PATH:-} ]] && data=(--feature-path "$FEATURE_PATH")
   rf=$(is_flow "$objective")
   size=$(basename "$0" .sh)
   case ${ENGINE:-$1} in
@@ -54,7 +57,7 @@ train() {
   esac
   shift
   launch "${trainer[@]}" \
-    --data-path "$DATA_PATH" ${VAE_PATH:+--vae-path "$VAE_PATH"} --image-size 256 --num-classes 1000 \
+    "${data[@]}" ${VAE_PATH:+--vae-path "$VAE_PATH"} --image-size 256 ${condition---num-classes 1000} \
     --results-dir "${RESULTS_DIR:-$root/results/${size#train_}-$objective}" --resume auto \
     --rf "$rf" --global-batch-size "${GLOBAL_BATCH_SIZE:-1024}" \
     --lr-schedule constant --weight-decay 0 --ema-decay 0.9999 "$@"

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,6 +201,28 @@ def test_a_run_on_features_is_that_on_images(extracted, tmp_path):
     (copy / "0000003").symlink_to(features / "checkpoints" / "0000003")
     flags = ["--feature-path", extracted / "features", "--resume", copy.parent, "--max-steps", 4]
     assert len(losses(train(tmp_path, "resumed", *flags))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["PixArt-muP-2h/2", "DiT_Llama_Nano_patch2"])
+def test_one_curve_by_every_engine(model, extracted, tmp_path):
+    """One process, experts over two, ZeRO-2 and 3; blocks computed again, micro-batches: of both ways to read."""
+    flags = ["--feature-path", extracted / "features", "--model", model, "--depth", 1, "--num_heads", 4]
+    flags += ["--dim_heads", 8, "--global-batch-size", 4, "--lr", 1e-3, "--warmup-steps", 0, "--precision", "fp32"]
+    if "muP" in model:
+        flags += ["--base-width", 16]
+    config = Path(__file__).parent.parent / "config"
+    one = losses(train(tmp_path, "one", *flags, "--accum_iter", 2, "--activation-checkpointing"))
+    assert len(set(one)) == 3
+    two = [*flags, "--data-parallel", "fsdp", "--expert-parallel", 2]
+    assert losses(train(tmp_path, "two", *two, processes=2)) == pytest.approx(one, rel=1e-5)
+    for stage in (2, 3):
+        zero = ["--deepspeed_config", config / f"zero{stage}.json", "--results-dir", tmp_path / f"zero{stage}"]
+        script("train_deepspeed.py", *TINY, *flags, *zero, processes=2)
+        run = next((tmp_path / f"zero{stage}").iterdir())
+        assert losses(run) == pytest.approx(one, rel=1e-5)
+        draw = ["--prompt", "a seven", "--device", "cpu", "--num-sampling-steps", 2, "--output", tmp_path / f"x{stage}"]
+        script("sample.py", "--ckpt", run, *draw)
 
 
 def test_what_does_not_fit_is_one_line(extracted, tmp_path):

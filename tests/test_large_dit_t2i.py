@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 import torch
-from conftest import GOLDEN, Golden
+from conftest import GOLDEN, Golden, traces_fp32
 
 import checkpoint
 import families
@@ -162,6 +162,29 @@ def test_drawn_anew_it_reads_nothing_at_first(golden):
     assert torch.equal(model(x, t, (features, mask)), model(x, t, (features + 1, mask)))
     mixture = upcycle(model, Recipe(num_experts=4), torch.Generator().manual_seed(0))
     torch.testing.assert_close(mixture(x, t, (features, mask)), model(x, t, (features, mask)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@traces_fp32
+@pytest.mark.parametrize("row", ["Large-DiT-T2I-Nano/2", "PixArt-XL/2"])
+def test_compiled_without_a_break(row):
+    """All of a block in one graph, with what it reads, forward and backward."""
+    sizes = dict(depth=1, hidden_size=32, num_heads=4, input_size=8, caption_width=24, caption_length=7, num_experts=2)
+    config = build_config(row, qk_norm=True, **sizes)
+    models = [DiT(config) for _ in range(2)]
+    with torch.no_grad():
+        for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+            theirs.copy_(ours.normal_(std=0.1))
+    models[1].compile_blocks(fullgraph=True)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 500.0])
+    mask = torch.arange(7) < torch.tensor([[7], [3]])
+    outs = [model(x, t, (torch.ones(2, 7, 24), mask)) for model in models]
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-4)
+    for out in outs:
+        out.square().mean().backward()
+    for (name, ours), theirs in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
+        scale = theirs.grad.abs().max().clamp(min=1e-3)
+        assert (ours.grad - theirs.grad).abs().max() < 1e-3 * scale, name
 
 
 def test_no_text_is_the_empty_one():

@@ -31,6 +31,8 @@ RECIPES = {  # script: model, experts, engine, recomputes activations
 
 
 DIT_MUP = "train_DiT_muP.sh"
+OF_TEXTS = {"train_T2I_MoE.sh": "sdp", "train_Large_DiT_T2I_3B.sh": "fsdp"}
+PIXART = "train_PixArt_muP.sh"
 LARGE_DIT = {"train_Large_DiT_600M.sh": "ddp", "train_Large_DiT_3B.sh": "fsdp", "train_Large_DiT_7B.sh": "fsdp"}
 
 
@@ -87,7 +89,32 @@ def torchrun(tmp_path):
 
 
 def test_every_published_size_has_a_script():
-    assert {path.name for path in (ROOT / "scripts").glob("train_*.sh")} == {*RECIPES, *LARGE_DIT, DIT_MUP}
+    assert {path.name for path in (ROOT / "scripts").glob("train_*.sh")} == {
+        *(*RECIPES, *LARGE_DIT, *OF_TEXTS, DIT_MUP, PIXART)
+    }
+
+
+@pytest.mark.parametrize("script", OF_TEXTS)
+def test_training_from_texts(script, torchrun):
+    command = torchrun(script, DATA_PATH="/images", TEXT_ENCODER="/my/encoder")
+    accepted_by(train, command)
+    given = flags(command)
+    assert given.get("--text-encoder", given.get("--lm")) == "/my/encoder" and "--num-classes" not in given
+    assert given["--data-path"] == "/images" and given["--data-parallel"] == OF_TEXTS[script]
+    given = flags(torchrun("train_T2I_MoE.sh", FEATURE_PATH="/features"))
+    assert given["--feature-path"] == "/features" and not {"--data-path", "--text-encoder"} & given.keys()
+
+
+def test_training_pixart(torchrun, tmp_path):
+    published = {"--precision": "fp16", "--weight-decay": "0.03", "--adam-eps": "1e-10", "--grad-clip": "0.01"}
+    published |= {"--warmup-steps": "1000", "--rf": "False", "--vae-path": "ema", "--ema-decay": "0.9999"}
+    wide = {"--model": "PixArt-muP-16h/2", "--loglr": "-10", "--epochs": "30", "--global-batch-size": "5632"}
+    narrow = {"--model": "PixArt-muP-4h/2", "--loglr": "-12", "--epochs": "5", "--global-batch-size": "1408"}
+    for what, expected in (("target", wide), ("search", narrow), ("standard", {"--model": "PixArt-XL/2"})):
+        command = torchrun(PIXART, what, DATA_PATH="/SA1B", LOGLRS="-12")
+        accepted_by(train, command)
+        assert (published | expected).items() <= flags(command).items() and "--num-classes" not in flags(command)
+    assert bash(ROOT / "scripts" / PIXART, "sweep", DATA_PATH="/images").returncode == 2
 
 
 @pytest.mark.parametrize("script", LARGE_DIT)
