@@ -6,6 +6,8 @@ A `--data-path` of them is one of
     a folder with `captions.jsonl`, for each image a line `{"path": "images/1.png", "caption": "..."}`, or with
     `captions.csv` of the columns path and caption; or such a table anywhere, whose folder the paths are below. An image
     may have several lines
+    a `.yaml` of Large-DiT-T2I: `META`, a list of `path` (.json or .jsonl of `path` and `prompt`, or of `image` and
+    `conversations`), `root` (of `image`) and `ratio` (how much of it); paths are as they stand there
     a folder of tar files as webdataset has them, whose members `X.jpg` and `X.txt` belong together
     the SA-1B of PixArt: `images/X.jpg`, `captions/X.txt`, the names X in `partition/*.txt`; with captions' features of
     PixArt's extraction in `caption_feature_wmask/X.npz`, which count where no encoder is named
@@ -21,6 +23,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +31,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -210,12 +214,17 @@ def _with_texts(images: Samples, of_images: Sequence[Sequence[str]]) -> Captione
 
 def read_captions(path: Path) -> tuple[Path, list[tuple[str, str]]]:
     """(folder, (name below it, caption) of each image) of a table or of pairs of files. Raises UsageError."""
-    if path.suffix in (".jsonl", ".csv"):
+    if path.suffix in (".yaml", ".yml"):
+        root, table = Path(), path
+    elif path.suffix in (".jsonl", ".csv"):
         root, table = path.parent, path
     else:
         require_folder(path, "data path")
         root, table = path, next((path / name for name in TABLES if (path / name).is_file()), None)
-    pairs = _of_pairs(root) if table is None else _of_table(table)
+    if table is None:
+        pairs = _of_pairs(root)
+    else:
+        pairs = _of_meta(table) if table.suffix in (".yaml", ".yml") else _of_table(table)
     for name, text in pairs:
         check_caption(text, name, root)
     if absent := [name for name, _ in pairs if not (root / name).is_file()]:
@@ -245,6 +254,40 @@ def _of_table(table: Path) -> list[tuple[str, str]]:
             raise UsageError(f"{table}, line {number}: expected {expected}, got {str(row)[:60]}") from None
     if not pairs:
         raise UsageError(f"{table} has no captions")
+    return pairs
+
+
+def _of_meta(path: Path) -> list[tuple[str, str]]:
+    """Of a YAML that names lists of items. Raises UsageError."""
+    expected = "META: a list of {path: LIST.json, root: FOLDER, ratio: SHARE}"
+    try:
+        lists = yaml.safe_load(path.read_text(encoding="utf-8"))["META"]
+        pairs = [pair for each in lists for pair in _of_items(each["path"], each.get("root"), each.get("ratio", 1))]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} cannot be read ({brief(error)}): expected {expected}") from None
+    if not pairs:
+        raise UsageError(f"{path} has no captions")
+    return pairs
+
+
+def _of_items(path: str, root: str | None, ratio: float) -> list[tuple[str, str]]:
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+        items = list(map(json.loads, content.splitlines())) if path.endswith(".jsonl") else json.loads(content)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if ratio < 1:
+        items = random.Random(0).sample(items, int(len(items) * ratio))
+    pairs = []
+    for number, item in enumerate(items):
+        try:
+            if "image" in item:
+                name = item["image"] if root is None else os.path.join(root, item["image"])
+                pairs.append((name, item["conversations"][1]["value"].strip()))
+            else:
+                pairs.append((item["path"], item["prompt"].strip()))
+        except (KeyError, TypeError, IndexError, AttributeError):
+            raise UsageError(f"{path}, item {number}: expected path and prompt, got {str(item)[:60]}") from None
     return pairs
 
 

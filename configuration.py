@@ -45,7 +45,7 @@ LIMITS = {  # what a configuration may ask for, so that a broken file builds no 
     "caption_width": (0, 2**16),
     "caption_length": (0, 2**14),
     "output_mult": (2.0**-30, 2.0**30),
-    "rope_scaling": (1e-3, 1e3),
+    "position_scaling": (1e-3, 1e3),
 }
 CHOICES = {
     **{"norm": NORMS, "positions": POSITIONS, "mlp": MLPS, "qk_norm": QK_NORMS, "expert_mlp": EXPERTS},
@@ -71,10 +71,11 @@ class DiTConfig:
     caption_width: int = 0  # of the features of a text's tokens; 0: the network is conditioned on classes
     caption_length: int = 0  # tokens of a text, at most
     reading: str = "cross"  # how blocks read texts: one of layers.READINGS; "gated": the condition has them too
+    size_condition: bool = False  # the condition has the image's height, width and ratio, of 8 pixels for a latent's
     modulation: str = "block"  # how time and class modulate the blocks: one of layers.MODULATIONS
     norm: str = "layer"  # before attention and MLP: a key of layers.NORMS
     positions: str = "sincos"  # a key of layers.POSITIONS
-    rope_scaling: float = 1.0  # what rotary positions are divided by
+    position_scaling: float = 1.0  # what positions are divided by
     row_ends: bool = False  # a token behind each row of patches, and room for images of other proportions
     num_kv_heads: int = 0  # heads of keys and values; 0: as many as of queries
     attention_bias: bool = True
@@ -122,8 +123,6 @@ class DiTConfig:
             )
         if self.row_ends and self.positions != "rope":
             raise UsageError(f"row_ends need positions rope, which count them, not {self.positions}")
-        if self.positions == "sincos" and self.rope_scaling != 1:
-            raise UsageError(f"rope_scaling {self.rope_scaling} does nothing for positions sincos; use rope")
         too_many = self.positions == "rope" and not self.row_ends and self.side**2 > MOST_POSITIONS
         if too_many:
             raise UsageError(
@@ -134,6 +133,11 @@ class DiTConfig:
             raise UsageError(f"caption_width {self.caption_width} and caption_length {self.caption_length} go together")
         if self.modulation == "single" and not self.caption_width:
             raise UsageError("modulation single shares what depends on time alone: a network of classes needs block")
+        if self.size_condition and (self.modulation_width % 3 or not self.caption_width):
+            raise UsageError(
+                f"size_condition is of networks of texts whose condition has a third for each number, not of "
+                f"{self.modulation_width}"
+            )
         if not 0 <= self.class_dropout_prob < 1:
             raise UsageError(f"class_dropout_prob must lie in [0, 1), got {self.class_dropout_prob}")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
@@ -376,8 +380,8 @@ MODEL_FLAGS = {  # field of DiTConfig: options of its flag, which has its name
         help="none, head, full, or True for the family's (default: none; XL and G with experts: head, as published)",
     ),
     "reading": dict(choices=READINGS, help="how blocks read texts (default: cross; Large-DiT: gated)"),
-    "rope_scaling": dict(
-        type=number_in(*LIMITS["rope_scaling"]), help="rotary positions are divided by it (default: 1)"
+    "position_scaling": dict(
+        type=number_in(*LIMITS["position_scaling"]), help="positions are divided by it (default: 1)"
     ),
     "parametrization": dict(
         choices=PARAMETRIZATIONS, help="mup: learning rates found on a narrow model suit a wide one (default: standard)"
@@ -402,9 +406,8 @@ def add_model_arguments(parser: Parser):
     for name in MODEL_FLAGS:
         _add_flag(group, name)
     _add_published_flags(group)
-    group.add_argument(
-        "--rope-scaling-factor", dest="rope_scaling", type=number_in(*LIMITS["rope_scaling"]), help="--rope-scaling"
-    )
+    scaling = {"dest": "position_scaling", "type": number_in(*LIMITS["position_scaling"])}
+    group.add_argument("--rope-scaling-factor", help="--position-scaling", **scaling)
     group.add_argument(
         "--caption-dropout-prob", dest="class_dropout_prob", type=number_in(0, 1), help="--class-dropout-prob"
     )
@@ -520,6 +523,8 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], **known) -> DiTConfig:
         config["num_classes"] = shapes["y_embedder.embedding_table.weight"][0] - 1
     if "t_block.1.weight" in shapes:
         config["modulation"] = "single"
+    if "csize_embedder.mlp.0.weight" in shapes:  # as published
+        config |= {"size_condition": True, "position_scaling": 2.0}
     if "row_ends.eol_token" in shapes:
         config["row_ends"] = True
     if config["norm"] == "rms" and "pos_embed" not in shapes:  # that is Large-DiT

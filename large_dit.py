@@ -196,7 +196,7 @@ def write_folder(folder: Path, which: str, tensors: Mapping[str, Tensor], config
     if config.caption_width:
         encoder = record.get("text", {}).get("name", "meta-llama/Llama-2-7b-hf")
         args |= {"lm": encoder, "tokenizer_path": encoder, "max_text_tokens": config.caption_length}
-        args["rope_scaling_factor"] = config.rope_scaling
+        args["rope_scaling_factor"] = config.position_scaling
     else:
         args["num_classes"] = config.num_classes
     stem = "consolidated_ema" if which == "ema" else "consolidated"
@@ -211,7 +211,7 @@ def known(args: dict) -> dict:
         found["input_size"] = args["image_size"] // 8
     if isinstance(args.get("lm"), str):
         found["caption_length"] = args.get("max_text_tokens", OF_LLAMA["caption_length"])
-        found["rope_scaling"] = args.get("rope_scaling_factor", 1.0)
+        found["position_scaling"] = args.get("rope_scaling_factor", 1.0)
     return found
 
 

@@ -491,10 +491,13 @@ class Readout(nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
-def position_embedding(hidden_size: int, side: int) -> Tensor:
-    """(1, side*side, D) fixed sine-cosine: the first half of D from the column, the second from the row."""
+def position_embedding(hidden_size: int, side: int, scaling: float = 1.0) -> Tensor:
+    """(1, side*side, D) fixed sine-cosine: the first half of D from the column, the second from the row.
+
+    Positions are divided by `scaling`.
+    """
     frequencies = 10000.0 ** (-torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.arange(side, dtype=torch.float64)[:, None] / scaling * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
     columns = line[None, :, :].expand(side, side, -1)
     rows = line[:, None, :].expand(side, side, -1)

@@ -151,6 +151,8 @@ class DiT(nn.Module):
             self.y_embedder = CaptionEmbedder(config.caption_width, config.caption_length, config.hidden_size)
         else:
             self.y_embedder = LabelEmbedder(config.condition.rows, config.modulation_width)
+        if config.size_condition:
+            self.csize_embedder, self.ar_embedder = (TimestepEmbedder(config.modulation_width // 3) for _ in range(2))
         if config.modulation == "single":
             self.t_block = SharedModulation(config.modulation_width, config.hidden_size)
         if config.row_ends:
@@ -183,6 +185,7 @@ class DiT(nn.Module):
             mask = mask.bool()
             summary, text = self.y_embedder(features, mask, null)
             c, reading = c if summary is None else c + summary, (text, mask)
+            c = c + self._sizes(c) if self.config.size_condition else c
         else:
             c = c + self.y_embedder(condition)
         shared = self.t_block(c) if self.config.modulation == "single" else c
@@ -220,16 +223,23 @@ class DiT(nn.Module):
         parts = zip(x.split(1), sizes, strict=True)
         return [self.unpatchify(RowEnds.without(part, *size), size[0])[0] for part, size in parts]
 
+    def _sizes(self, c: Tensor) -> Tensor:
+        """(N, c): what the condition knows of the height, width and ratio of images, all of them square."""
+        side, one = c.new_full((len(c),), 8.0 * self.config.input_size), c.new_ones(len(c))
+        return torch.cat([self.csize_embedder(side), self.csize_embedder(side), self.ar_embedder(one)], dim=1)
+
     def _position_table(self) -> Tensor | None:
         config = self.config
-        return position_embedding(config.hidden_size, config.side) if config.positions == "sincos" else None
+        if config.positions != "sincos":
+            return None
+        return position_embedding(config.hidden_size, config.side, config.position_scaling)
 
     def _rotation(self, device: torch.device) -> Tensor | None:
         table, config = POSITIONS[self.config.positions], self.config
         if table is None:
             return None
         head = config.hidden_size // config.num_heads
-        return table(config.side, head, device, config.rope_scaling, config.row_ends)
+        return table(config.side, head, device, config.position_scaling, config.row_ends)
 
     def unpatchify(self, x: Tensor, rows: int) -> Tensor:
         """(N, T, p*p*C) -> (N, C, H, W)."""
@@ -242,6 +252,7 @@ class DiT(nn.Module):
         ends = [self.x_embedder, self.t_embedder, self.y_embedder, self.final_layer]
         ends += [self.t_block] if self.config.modulation == "single" else []
         ends += [self.row_ends] if self.config.row_ends else []
+        ends += [self.csize_embedder, self.ar_embedder] if self.config.size_condition else []
         return [ends, *([block] for block in self.blocks)]
 
     def materialize(self, device: torch.device, then: Callable[[list[nn.Module]], None] | None = None) -> None:

@@ -7,6 +7,7 @@ from names import NameMap, rule
 COMMON = {"depth": 28, "patch_size": 2, "caption_width": 4096, "caption_length": 120, "modulation": "single"}
 ROWS = {
     "PixArt-XL/2": dict(hidden_size=1152, num_heads=16, **COMMON),
+    "PixArt-XL/2-1024-MS": dict(hidden_size=1152, num_heads=16, **COMMON, size_condition=True, position_scaling=2.0),
     **{
         f"PixArt-muP-{heads}h/2": dict(
             hidden_size=72 * heads, num_heads=heads, **COMMON, parametrization="mup-pixart", base_width=288

@@ -3,11 +3,13 @@
     python -m benchmarks.data
 
 Random latents of 256-pixel images in a temporary folder, read in random order by one process. The ways take turns, so
-that what else the machine does hits all alike; medians over the rounds. Three questions:
+that what else the machine does hits all alike; medians over the rounds. Four questions:
 
     read         latents and labels of a batch as they are on disk, from the page cache
     item         all that a training sample needs, with the noise drawn for it and put together as a batch
     cold read    latents and labels when the contents of the files, not their names, have left the page cache
+    captions     features of captions of a batch from the page cache: tokens that there are, in half precision, against
+                 one .npz of 120 tokens in fp32 for each caption, as PixArt's extraction writes them
 """
 
 import copy
@@ -25,6 +27,8 @@ from torch.utils.data import default_collate
 
 import cli
 from benchmarks import harness
+from caption_features import EMPTY, FeatureShards, write_array, write_captions
+from captions import NpzFeatures
 from data import BatchSchedule
 from files import digest
 from latents import FORMAT, LatentFiles, LatentShards, shard_path, write_manifest
@@ -141,7 +145,46 @@ class Ways:
                     assert torch.equal(batch[entry], values), (name, entry)
 
 
-def measure(ways: Ways, batches: list, rounds: int) -> dict[str, dict[str, float]]:
+class CaptionWays:
+    """Captions of 10 to 40 tokens whose features are as wide as those of T5-XXL."""
+
+    def __init__(self, folder: Path, count: int, width: int = 4096, length: int = 120):
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(10, 41, count)
+
+        def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
+            numbers = np.array([int(text) for text in texts])
+            mask = torch.arange(tokens[numbers].max()) < torch.from_numpy(tokens[numbers])[:, None]
+            return torch.from_numpy(rng.standard_normal((*mask.shape, width), dtype=np.float32)), mask
+
+        (folder / "captions").mkdir()
+        records = write_captions(folder / "captions", 0, [[str(i)] for i in range(count)], encode, "float16")
+        write_array(folder / "captions" / EMPTY, np.zeros((1, width), dtype=np.float16))
+        self.shards = FeatureShards(folder / "captions", 1, {"width": width, "dtype": "float16"})
+        self.bytes = sum(record["bytes"] for record in records) / count
+        self.files = []
+        for number in range(count):
+            features, mask = self.shards.batch([number])
+            padded = np.zeros((1, length, width), dtype=np.float32)
+            padded[:, : mask.sum()] = features.numpy()
+            path, there = folder / "captions" / f"{number}.npz", np.arange(length)[None] < int(mask.sum())
+            np.savez(path, caption_feature=padded, attention_mask=there.astype(np.int64))
+            self.files.append(path)
+        self.npz = NpzFeatures(folder / "captions", [str(number) for number in range(count)])
+
+    def kinds(self) -> dict[str, dict[str, Callable]]:
+        def numbers(keys) -> list[int]:
+            return [index for _, index in keys]
+
+        ways = {"shards, batched": lambda keys: self.shards.batch(numbers(keys))}
+        return {"captions": ways | {"one padded .npz per caption": lambda keys: self.npz.batch(numbers(keys))}}
+
+    def check(self, keys) -> None:
+        (ours, there), (theirs, same) = (way(keys) for way in self.kinds()["captions"].values())
+        assert torch.equal(there, same) and torch.equal(ours.float(), theirs)
+
+
+def measure(ways: Ways | CaptionWays, batches: list, rounds: int) -> dict[str, dict[str, float]]:
     """Images per second: the median over rounds in which the ways of a kind take turns, after one that does not count.
 
     A kind is measured to its end before the next begins: cold reads would take from the page cache what others need.
@@ -164,20 +207,27 @@ def measure(ways: Ways, batches: list, rounds: int) -> dict[str, dict[str, float
 def main(args) -> None:
     device = harness.start(args)
     if args.quick:
-        args.images, args.shard_size, args.batch_size, args.batches = 64, 16, 16, 2
+        args.images, args.shard_size, args.batch_size, args.batches, args.captions = 64, 16, 16, 2, 16
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         ways = Ways(Path(folder), args.images, args.shard_size)
         stream = BatchSchedule(args.images, args.batch_size, 1, 0, 1, seed=0).micro_batches(0)
         batches = [next(stream) for _ in range(args.batches)]
         ways.check(batches[0])
         rates = measure(ways, batches, args.rounds)
+        captions = CaptionWays(Path(folder), args.captions)
+        size = min(args.batch_size, args.captions)
+        stream = BatchSchedule(args.captions, size, 1, 0, 1, seed=0).micro_batches(0)
+        batches = [next(stream) for _ in range(args.batches)]
+        captions.check(batches[0])
+        rates |= measure(captions, batches, args.rounds)
 
     tables = {}
     for kind, rate in rates.items():
         best = rate["shards, batched"]
         slower = "times slower than shards, batched"
-        tables[kind] = [{slower: best / value, "way": way, "images/s": value} for way, value in rate.items()]
-    harness.report(args, device, tables, goals=[], latent_shape=SHAPE)
+        what = "captions/s" if kind == "captions" else "images/s"
+        tables[kind] = [{slower: best / value, "way": way, what: value} for way, value in rate.items()]
+    harness.report(args, device, tables, goals=[], latent_shape=SHAPE, bytes_per_caption=round(captions.bytes))
 
 
 def get_parser() -> cli.Parser:
@@ -185,6 +235,7 @@ def get_parser() -> cli.Parser:
     parser.add_argument("--images", type=cli.positive_int, default=8192, help="samples in the data set")
     parser.add_argument("--shard-size", type=cli.positive_int, default=1024, help="of them in a shard")
     parser.add_argument("--batch-size", type=cli.positive_int, default=256, help="samples read at once")
+    parser.add_argument("--captions", type=cli.positive_int, default=512, help="with features on disk")
     parser.add_argument("--batches", type=cli.positive_int, default=8, help="that each way reads in a round")
     parser.add_argument("--folder", type=Path, help="where to make the temporary folder")
     return parser

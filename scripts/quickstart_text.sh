@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From prompts to pictures in some three minutes on a CPU, with no download but the packages:
+# From prompts to pictures in some two minutes on a CPU, with no download but the packages:
 #   bash scripts/quickstart_text.sh
 #   STEPS=3000 bash scripts/quickstart_text.sh
 # Scenes of one to four handwritten digits with captions; a text-to-image mixture of experts; prompts that ask for pairs of
@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-steps=${STEPS:-1200}
+steps=${STEPS:-850}
 results=${RESULTS:-results/quickstart_text}
 data=${DATA:-data/scenes}
 

@@ -84,6 +84,32 @@ def test_an_image_may_have_several_captions(tmp_path):
     assert data.caption(int(data[5, 1]["y"])) == "other"
 
 
+def test_lists_of_large_dit(tmp_path):
+    """Both kinds of items; a share of a list is the same one each time."""
+    folder = pairs(tmp_path / "x")
+    first = [{"path": str(folder / f"{i:02d}.png"), "prompt": CAPTIONS[i]} for i in range(8)]
+    second = [{"image": "09.png", "conversations": [{"value": "draw"}, {"value": "nine"}]}]
+    (tmp_path / "a.json").write_text(json.dumps(first))
+    (tmp_path / "b.jsonl").write_text("".join(f"{json.dumps(item)}\n" for item in second))
+    meta = tmp_path / "data.yaml"
+    meta.write_text(
+        f"META:\n- path: {tmp_path}/a.json\n  type: x\n  ratio: 0.5\n- path: {tmp_path}/b.jsonl\n  root: {folder}\n"
+    )
+    data = opened(meta)
+    captions = [data.caption(number) for number in range(len(data))]
+    assert len(data) == 5 and captions[-1] == "nine" and set(captions[:4]) < set(CAPTIONS[:8])
+    index = CAPTIONS.index(captions[0])
+    assert torch.equal(data[0, 0]["x"], torch.from_numpy(pixels(index) / 127.5 - 1).permute(2, 0, 1).float())
+    assert opened(meta).fingerprint() == data.fingerprint()
+    for content, message in (
+        ("META: 3\n", "expected META"),
+        (f"META:\n- path: {tmp_path}/c.json\n", "c.json cannot be"),
+    ):
+        meta.write_text(content)
+        with pytest.raises(UsageError, match=message):
+            opened(meta)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_features_on_disk_are_the_encoders(dtype, tmp_path):
     encoder = text.Words(width=24)

@@ -44,7 +44,7 @@ def test_outputs_and_gradients(golden, model):
     x, t, texts = golden["in.x"], golden["in.t"], (golden["in.cap_feats"], golden["in.cap_mask"])
     out = model(x, t, texts)
     torch.testing.assert_close(out, golden["out.eval"], rtol=0, atol=1e-5)
-    scaled = DiT(tiny(rope_scaling=2.0)).eval()
+    scaled = DiT(tiny(position_scaling=2.0)).eval()
     scaled.load_state_dict(model.state_dict())
     torch.testing.assert_close(scaled(x, t, texts), golden["out.rope_scaled"], rtol=0, atol=1e-5)
     (out * golden["in.out_weight"]).mean().backward()

@@ -137,6 +137,59 @@ def test_losses_along_steps_of_training(golden, model):
     assert losses == pytest.approx(golden["train.step_losses"].tolist(), rel=1e-5)
 
 
+def test_the_model_of_1024_pixels_is_that_of_diffusers():
+    """Sizes and ratio in the condition, positions between whole numbers, masks: against the library's own network."""
+    from diffusers import PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    options = dict(sample_size=16, num_layers=2, num_attention_heads=2, attention_head_dim=24, cross_attention_dim=48)
+    theirs = PixArtTransformer2DModel(
+        **options, caption_channels=20, use_additional_conditions=True, interpolation_scale=2, patch_size=2
+    ).eval()
+    sizes = dict(depth=2, hidden_size=48, num_heads=2, input_size=16, caption_width=20, caption_length=6)
+    model = DiT(build_config("PixArt-XL/2-1024-MS", **sizes)).eval()
+    state = {name: value + 0.02 * torch.randn_like(value) for name, value in theirs.state_dict().items()}
+    theirs.load_state_dict(state)
+
+    def embedder(name: str) -> dict:
+        return {f"mlp.{i}.{w}": state[f"{name}.linear_{j}.{w}"] for i, j in ((0, 1), (2, 2)) for w in WB}
+
+    WB = ("weight", "bias")
+    time = "adaln_single.emb"
+    ours = {f"x_embedder.proj.{w}": state[f"pos_embed.proj.{w}"] for w in WB}
+    for name, part in (("t", "timestep"), ("csize", "resolution"), ("ar", "aspect_ratio")):
+        ours |= {f"{name}_embedder.{k}": v for k, v in embedder(f"{time}.{part}_embedder").items()}
+    ours |= {f"t_block.1.{w}": state[f"adaln_single.linear.{w}"] for w in WB}
+    for i, j in ((1, 1), (2, 2)):
+        ours |= {f"y_embedder.y_proj.fc{i}.{w}": state[f"caption_projection.linear_{j}.{w}"] for w in WB}
+    ours |= {"final_layer.scale_shift_table": state["scale_shift_table"]}
+    ours |= {f"final_layer.linear.{w}": state[f"proj_out.{w}"] for w in WB}
+    for b in range(2):
+        block = f"transformer_blocks.{b}"
+        ours[f"blocks.{b}.scale_shift_table"] = state[f"{block}.scale_shift_table"]
+        for w in WB:
+            q, k, v = (state[f"{block}.attn1.to_{part}.{w}"] for part in "qkv")
+            ours[f"blocks.{b}.attn.qkv.{w}"] = torch.cat([q, k, v])
+            ours[f"blocks.{b}.attn.proj.{w}"] = state[f"{block}.attn1.to_out.0.{w}"]
+            k, v = (state[f"{block}.attn2.to_{part}.{w}"] for part in "kv")
+            ours[f"blocks.{b}.cross_attn.kv_linear.{w}"] = torch.cat([k, v])
+            ours[f"blocks.{b}.cross_attn.q_linear.{w}"] = state[f"{block}.attn2.to_q.{w}"]
+            ours[f"blocks.{b}.cross_attn.proj.{w}"] = state[f"{block}.attn2.to_out.0.{w}"]
+            ours[f"blocks.{b}.mlp.fc1.{w}"] = state[f"{block}.ff.net.0.proj.{w}"]
+            ours[f"blocks.{b}.mlp.fc2.{w}"] = state[f"{block}.ff.net.2.{w}"]
+    missing = model.load_state_dict(families.from_published(ours), strict=False).missing_keys
+    assert set(missing) <= {"pos_embed", "y_embedder.y_embedding"}
+    x, t, features = torch.randn(3, 4, 16, 16), torch.tensor([1.0, 400.0, 999.0]), torch.randn(3, 6, 20)
+    mask = torch.arange(6) < torch.tensor([[6], [2], [4]])
+    added = {"resolution": torch.full((3, 2), 128.0), "aspect_ratio": torch.ones(3, 1)}
+    expected = theirs(
+        x, encoder_hidden_states=features, timestep=t, added_cond_kwargs=added, encoder_attention_mask=mask.float()
+    ).sample
+    torch.testing.assert_close(model(x, t, (features, mask)), expected, rtol=1e-4, atol=1e-4)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert infer_config(shapes, num_heads=2) == model.config
+
+
 def test_published_sizes():
     with torch.device("meta"):
         models = {heads: DiT(build_config(f"PixArt-muP-{heads}h/2")) for heads in (4, 16)}

@@ -185,7 +185,7 @@ def test_a_run_with_a_network_and_prompts_of_it(folders, tmp_path):
         assert (model["caption_width"], model["caption_length"]) == (16, 16)
         llama = encoder == "llama"
         assert (model["reading"], model["row_ends"]) == (("gated", True) if llama else ("cross", False))
-        assert (model["class_dropout_prob"], model["rope_scaling"]) == ((0.2, 2.0) if llama else (0.1, 1.0))
+        assert (model["class_dropout_prob"], model["position_scaling"]) == ((0.2, 2.0) if llama else (0.1, 1.0))
         draw = ["sample.py", "--ckpt", runs[encoder], "--device", "cpu", "--num-sampling-steps", 2]
         draw += ["--prompt", "a seven", "two one two", "--cfg-scale", 3]
         script(*draw, "--output", tmp_path / encoder / "plain")
