@@ -190,7 +190,8 @@ class Settings:
     def from_args(cls, args, objective, in_channels: int) -> "Settings":
         """Raises UsageError for guidance that there is not."""
         check_needs(args, (GUIDANCE,))
-        channels = objective.guided_channels(in_channels)
+        sampler = args.sampler or objective.samplers[0]
+        channels = objective.guided_channels(in_channels, sampler)
         if args.cfg_channels is not None:
             number = int(args.cfg_channels) if args.cfg_channels.isdecimal() else 0
             if args.cfg_channels != "all" and not 1 <= number <= in_channels:
@@ -200,7 +201,6 @@ class Settings:
         low, high = args.cfg_interval
         if not 0 <= low <= high <= 1:
             raise UsageError(f"--cfg-interval expects 0 <= LOW <= HIGH <= 1, got {low} {high}")
-        sampler = args.sampler or objective.samplers[0]
         steps = args.num_sampling_steps or objective.default_steps
         return cls(steps, sampler, args.cfg_scale, channels, (low, high), args.seed)
 

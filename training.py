@@ -420,7 +420,7 @@ def sampling_settings(run: Run) -> sampling.Settings:
     """How images are drawn while training."""
     scale = run.args.sample_cfg_scale if run.condition.null is not None else 1.0
     objective = run.objective
-    channels = objective.guided_channels(run.config.in_channels)
+    channels = objective.guided_channels(run.config.in_channels, objective.samplers[0])
     return sampling.Settings(GRID_STEPS, objective.samplers[0], scale, channels, seed=run.args.global_seed)
 
 

@@ -73,9 +73,12 @@ class GaussianDiffusion:
     def config(self) -> dict:
         return dict(self._config)
 
-    def guided_channels(self, channels: int) -> int | None:
-        """How many are guided: 3 of Stable Diffusion's 4, as in the published numbers, else all (None)."""
-        return 3 if channels == 4 else None
+    def guided_channels(self, channels: int, sampler: str) -> int | None:
+        """How many are guided: 3 of Stable Diffusion's 4, as in the published numbers, else all (None).
+
+        PixArt's numbers are of dpm-solver, and of all.
+        """
+        return 3 if channels == 4 and sampler != "dpm-solver" else None
 
     # Training
 

@@ -48,7 +48,7 @@ class RectifiedFlow:
         settings = {"t_distribution": self.t_distribution, "shift": self.shift, "time_scale": self.time_scale}
         return {"name": self.name, **settings}
 
-    def guided_channels(self, channels: int) -> int | None:
+    def guided_channels(self, channels: int, sampler: str) -> int | None:
         """How many are guided: all (None)."""
         return None
 

@@ -17,7 +17,7 @@ from autoencoders import space_info
 from caption_features import FeatureShards, in_half, write_captions
 from captions import open_captioned, open_captioned_features, stored_texts
 from cli import UsageError
-from data import Reading
+from data import Reading, to_unit_range
 from latents import read_manifest
 
 COUNT = 12
@@ -99,12 +99,10 @@ def test_lists_of_large_dit(tmp_path):
     captions = [data.caption(number) for number in range(len(data))]
     assert len(data) == 5 and captions[-1] == "nine" and set(captions[:4]) < set(CAPTIONS[:8])
     index = CAPTIONS.index(captions[0])
-    assert torch.equal(data[0, 0]["x"], torch.from_numpy(pixels(index) / 127.5 - 1).permute(2, 0, 1).float())
+    assert torch.equal(data[0, 0]["x"], to_unit_range(torch.from_numpy(pixels(index)).permute(2, 0, 1)))
     assert opened(meta).fingerprint() == data.fingerprint()
-    for content, message in (
-        ("META: 3\n", "expected META"),
-        (f"META:\n- path: {tmp_path}/c.json\n", "c.json cannot be"),
-    ):
+    absent = f"META:\n- path: {tmp_path}/c.json\n"
+    for content, message in (("META: 3\n", "expected META"), (absent, r"c\.json cannot be read")):
         meta.write_text(content)
         with pytest.raises(UsageError, match=message):
             opened(meta)

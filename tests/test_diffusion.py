@@ -112,7 +112,7 @@ def test_golden_samples(G, toy):
     torch.testing.assert_close(ours[finite], theirs[finite], rtol=1e-3, atol=1e-5)
     flow = RectifiedFlow()
     close(flow.sample(denoise, G["z"], 7), G["rf.sample"])
-    guided = classifier_free_guidance(toy, G["y"], 10, 2.0, flow.guided_channels(4))
+    guided = classifier_free_guidance(toy, G["y"], 10, 2.0, flow.guided_channels(4, "euler"))
     close(flow.sample(guided, G["z"], 10), G["rf.sample_cfg"])
 
 

@@ -257,8 +257,9 @@ def test_infinity_of_the_autoencoder_is_noticed():
 
 @pytest.mark.parametrize("channels", [3, 4, 16])
 def test_guidance_acts_on_the_channels_that_are_colours(channels):
-    assert GaussianDiffusion().guided_channels(channels) == (3 if channels == 4 else None)
-    assert RectifiedFlow().guided_channels(channels) is None
+    assert GaussianDiffusion().guided_channels(channels, "ddpm") == (3 if channels == 4 else None)
+    assert GaussianDiffusion().guided_channels(channels, "dpm-solver") is None
+    assert RectifiedFlow().guided_channels(channels, "euler") is None
 
 
 def test_a_folder_of_another_tool_is_left_alone(tmp_path):
