@@ -455,6 +455,7 @@ def load_weights(path: str | Path, which: str = "ema", **known) -> Weights:
     if record is not None:
         config = DiTConfig.from_dict(record["model"])
     else:
+        known = getattr(family_of(tensors), "KNOWN", {}) | known
         config = infer_config({name: tuple(tensor.shape) for name, tensor in meta.items()}, **known)
     if told:
         record = {"format": FORMAT, "model": config.to_dict()} | family.description(told)

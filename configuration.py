@@ -18,9 +18,10 @@ from cli import Parser, UsageError, boolean, natural_int, number_in, positive_in
 from conditions import Captions, Classes
 from families import DiT_models, family_of_row
 from layers import MLPS, MODULATIONS, MOST_POSITIONS, NORMS, POSITIONS, QK_NORMS, READINGS, sequence_length
-from moe import EXPERTS, ExpertsConfig
+from moe import EXPERTS, SHARED_EXPERTS, ExpertsConfig
 from parametrization import PARAMETRIZATIONS, is_mup
 from records import check_record
+from routers import ROUTERS, RouterConfig
 
 # ------------------------------------------------------------------------------------------------------- configuration
 
@@ -38,6 +39,8 @@ LIMITS = {  # what a configuration may ask for, so that a broken file builds no 
     "expert_ratio": (0.001, 1000),
     "num_shared_experts": (0, 1024),
     "shared_expert_ratio": (0.001, 1000),
+    "router_groups": (1, 2**15 - 1),
+    "router_kept_groups": (1, 2**15 - 1),
     "num_kv_heads": (0, 1024),  # 0: as many as heads
     "condition_width": (0, 2**16),  # 0: the hidden size
     "mlp_multiple": (1, 2**16),
@@ -52,6 +55,8 @@ CHOICES = {
     "parametrization": PARAMETRIZATIONS,
     "modulation": MODULATIONS,
     "reading": READINGS,
+    "router": ROUTERS,
+    "shared_mlp": SHARED_EXPERTS,
 }
 
 
@@ -92,6 +97,11 @@ class DiTConfig:
     expert_ratio: float = 4.0  # width of a routed expert over D
     num_shared_experts: int = 2
     shared_expert_ratio: float = 1.0  # width of one shared expert over D
+    shared_mlp: str = "swiglu"  # kind of the shared expert, a key of moe.SHARED_EXPERTS
+    router: str = "softmax"  # a key of routers.ROUTERS; where experts choose, K is how many each token gets on average
+    router_groups: int = 1  # of experts, of which a token sees the best
+    router_kept_groups: int = 1  # so many of them
+    router_bias: bool = False  # the choice has a bias for each expert, which follows the load
     norm_topk_prob: bool = False  # divide the K routing weights by their sum
     routed_scaling_factor: float = 1.0  # then multiply them by this
     moe_layers: str = "all"  # which blocks are MoE: all, every-N, deep-half, shallow-half, or a list such as 0,2,5
@@ -114,7 +124,7 @@ class DiTConfig:
         if self.num_heads % self.kv_heads:
             raise UsageError(f"num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}")
         head = self.hidden_size // self.num_heads
-        if (self.positions, head % 2) == ("rope", 1) or (self.positions == "rope2d" and head % 4):
+        if (self.positions, head % 2) == ("rope", 1) or (self.positions.startswith("rope2d") and head % 4):
             raise UsageError(f"{self.positions} turns pairs of numbers: heads of {head} cannot be cut into pairs")
         if self.input_size % self.patch_size:
             raise UsageError(
@@ -145,6 +155,7 @@ class DiTConfig:
                 f"num_experts_per_tok must lie between 1 and num_experts {self.num_experts}, "
                 f"got {self.num_experts_per_tok}"
             )
+        self._check_router()
         if self.num_experts and (self.expert_width < 8 or self.expert_width % 8):
             raise UsageError(
                 f"expert width {self.expert_ratio} x {self.hidden_size} = {self.expert_width} must be a multiple of 8"
@@ -162,6 +173,30 @@ class DiTConfig:
         if not 0 < self.routed_scaling_factor < math.inf:
             raise UsageError(f"routed_scaling_factor must be positive, got {self.routed_scaling_factor}")
         _ = self.moe_indices  # complains about a wrong moe_layers
+
+    def _check_router(self) -> None:
+        scored = self.router in ("softmax", "sigmoid")
+        usual = {"router_groups": 1, "router_bias": False}
+        if not scored and (said := [name for name, value in usual.items() if getattr(self, name) != value]):
+            raise UsageError(f"{said[0]} {getattr(self, said[0])} is of routers softmax and sigmoid, not {self.router}")
+        if not scored and (self.norm_topk_prob or self.routed_scaling_factor != 1):
+            raise UsageError(f"router {self.router} weighs experts as they are: no norm_topk_prob or scaling factor")
+        groups, kept = self.router_groups, self.router_kept_groups
+        if self.num_experts and groups > 1 and (self.num_experts % groups or kept > groups):
+            raise UsageError(
+                f"router_groups {groups} must divide num_experts {self.num_experts}, and be router_kept_groups {kept} "
+                f"or more"
+            )
+        if self.num_experts and self.num_experts_per_tok > self.num_experts // groups * kept:
+            seen = self.num_experts // groups * kept
+            raise UsageError(
+                f"num_experts_per_tok {self.num_experts_per_tok}: of {kept} groups a token sees {seen} experts"
+            )
+
+    @property
+    def expert_count(self) -> int:
+        """Routed experts of a layer, with what a router has besides those that tokens compete for."""
+        return self.num_experts + (ROUTERS[self.router].extra_experts if self.num_experts else 0)
 
     @property
     def out_channels(self) -> int:
@@ -216,15 +251,17 @@ class DiTConfig:
     @property
     def experts(self) -> ExpertsConfig:
         """Of each mixture."""
-        return ExpertsConfig(
-            self.expert_width,
+        router = RouterConfig(
             self.num_experts,
             self.num_experts_per_tok,
-            self.shared_width,
+            self.router,
             self.norm_topk_prob,
-            self.expert_mlp,
             self.routed_scaling_factor,
+            self.router_groups,
+            self.router_kept_groups,
+            self.router_bias,
         )
+        return ExpertsConfig(self.expert_width, router, self.shared_width, self.expert_mlp, self.shared_mlp)
 
     @property
     def moe_indices(self) -> tuple[int, ...]:
@@ -361,6 +398,12 @@ MODEL_FLAGS = {  # field of DiTConfig: options of its flag, which has its name
     "num_experts_per_tok": dict(type=positive_int, help="experts that each token goes to (default: 2)"),
     "num_shared_experts": dict(type=natural_int, help="always-on experts of width D (default: 2)"),
     "expert_ratio": dict(type=number_in(0, 1e3), help="width of a routed expert over D (default: 4)"),
+    "router": dict(choices=ROUTERS, help="who chooses, and by what (default: softmax)"),
+    "router_groups": dict(type=positive_int, help="groups of experts (default: 1)"),
+    "router_kept_groups": dict(type=positive_int, help="that a token chooses from (default: 1)"),
+    "routed_scaling_factor": dict(type=number_in(1e-6, 1e6), help="factor of routing weights (default: 1)"),
+    "shared_mlp": dict(choices=SHARED_EXPERTS, help="kind of the shared expert (default: swiglu)"),
+    "expert_mlp": dict(choices=EXPERTS, help="kind of the routed experts (default: swiglu)"),
     "moe_layers": dict(help="all, every-N, deep-half, shallow-half, or 0,2,5 (default: all)"),
     "norm_topk_prob": dict(type=boolean, nargs="?", const=True, help="divide a token's routing weights by their sum"),
     "norm": dict(choices=NORMS, help="before attention and feed-forward (default: layer; Large-DiT: rms)"),
@@ -421,6 +464,12 @@ def add_mup_arguments(group) -> None:
     _add_published_flags(group)
 
 
+def add_router_arguments(group) -> None:
+    """What samplers take of them, for files that do not say how their routers choose."""
+    for name in ("router", "router_groups", "router_kept_groups"):
+        _add_flag(group, name)
+
+
 def _add_flag(group, name: str) -> None:
     group.add_argument(f"--{name}" if name.startswith("num_") else f"--{name.replace('_', '-')}", **MODEL_FLAGS[name])
 
@@ -470,7 +519,10 @@ def config_said(args: argparse.Namespace, usual: str = "DiT-S/2") -> DiTConfig:
 # ---------------------------------------------------------------------------------------------------------- from files
 
 # Fields of DiTConfig that change the function and no shape: of a file that does not describe itself, a flag must tell.
-ROUTING_FIELDS = ("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor")
+ROUTING_FIELDS = (
+    *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor"),
+    *("router", "router_groups", "router_kept_groups"),
+)
 UNSEEN = (*ROUTING_FIELDS, *MUP_FIELDS)
 
 
@@ -550,13 +602,20 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], **known) -> DiTConfig:
     if moe_blocks:
         prefix = f"blocks.{moe_blocks[0]}.moe"
         shared = shapes.get(f"{prefix}.shared_experts.down_proj.weight", (0, 0))[1]
+        if f"{prefix}.shared_experts.fc2.weight" in shapes:
+            shared, config["shared_mlp"] = shapes[f"{prefix}.shared_experts.fc2.weight"][1], "gelu"
         config["num_experts"] = shapes[f"{prefix}.gate.weight"][0]
+        if f"{prefix}.gate.capacity_predictor.0.weight" in shapes:
+            config["router"] = "batch-pool"
+        config["router_bias"] = f"{prefix}.gate.bias" in shapes
         config["num_experts_per_tok"] = min(2, config["num_experts"])
         config["expert_mlp"] = "gelu" if f"{prefix}.experts.fc1_weight" in shapes else "swiglu"
         down = "fc2_weight" if config["expert_mlp"] == "gelu" else "down_proj"
         config["expert_ratio"] = shapes[f"{prefix}.experts.{down}"][2] / width
-        config["num_shared_experts"] = 2 if shared else 0
-        config["shared_expert_ratio"] = shared / (2 * width) if shared else 1.0
+        count = known.get("num_shared_experts", 2)  # one of several times the width computes the same
+        config["num_shared_experts"] = count if shared else 0
+        config["shared_expert_ratio"] = shared / (count * width) if shared else 1.0
+        known = {name: value for name, value in known.items() if name != "num_shared_experts"}
         config["moe_layers"] = "all" if len(moe_blocks) == depth else ",".join(map(str, moe_blocks))
     dense_blocks = [i for i in range(depth) if f"blocks.{i}.mlp.fc1.weight" in shapes]
     if dense_blocks:

@@ -8,6 +8,7 @@ What a family's module has:
     QK_NORM          which one its published models have, where they have one
     EXPERTS_ARE_MLPS whether an expert is as wide as the feed-forward, where no flag says how wide
     TRAINING         flags of train.py whose defaults are others
+    KNOWN            fields of `DiTConfig` that its files have and do not tell, where flags say nothing else
     TEXTS            fields of `DiTConfig` that its rows have when they read texts
     find_folder, read_folder, known, description    where its checkpoints are folders, and what these tell
     write_folder                                    and how such a folder is written
@@ -20,13 +21,16 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+import diffmoe
 import dit
+import dsmoe
 import large_dit
 import pixart
+import promoe
 from names import without_wrappers
 
-FAMILIES = (large_dit, pixart, dit)
-DiT_models: dict[str, dict] = dit.ROWS | large_dit.ROWS | pixart.ROWS
+FAMILIES = (large_dit, pixart, promoe, diffmoe, dsmoe, dit)
+DiT_models: dict[str, dict] = {name: row for family in reversed(FAMILIES) for name, row in family.ROWS.items()}
 
 
 def family_of(names: Iterable[str]):

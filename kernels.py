@@ -112,6 +112,47 @@ class Combine(torch.autograd.Function):
         return grad_y, grad_weights, None, None
 
 
+def sort_by_token(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The places (P,) of assignments by token, and where each token's begin (T,), of tokens (P,) at each place."""
+    sorted_tokens, places = tokens.sort(stable=True)
+    return places, torch._convert_indices_from_coo_to_csr(sorted_tokens, count)[:-1]
+
+
+def bag_sum(rows: Tensor, places: Tensor, starts: Tensor, weights: Tensor | None = None) -> Tensor:
+    """`gather_sum` where tokens have several numbers of rows: (P, D), (P,) places by token, (T,) starts -> (T, D)."""
+    return F.embedding_bag(places, rows.detach(), starts, mode="sum", per_sample_weights=weights)
+
+
+class DispatchBags(torch.autograd.Function):
+    """`Dispatch` where tokens have several numbers of experts: tokens (P,) at each place, and their `sort_by_token`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, tokens: Tensor, places: Tensor, starts: Tensor) -> Tensor:
+        ctx.save_for_backward(places, starts)
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # (P, D)
+        places, starts = ctx.saved_tensors
+        return bag_sum(grad.contiguous(), places, starts), None, None, None
+
+
+class CombineBags(torch.autograd.Function):
+    """`Combine` where tokens have several numbers of experts: (P, D) and (P,) weights by place -> (T, D)."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, weights: Tensor, tokens: Tensor, places: Tensor, starts: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weights, tokens)
+        return bag_sum(y, places, starts, weights.to(y.dtype)[places])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # (T, D)
+        y, weights, tokens = ctx.saved_tensors
+        grad = grad.index_select(0, tokens)  # (P, D)
+        grad_weights = (grad * y).sum(dim=-1, dtype=torch.float32)
+        return grad * weights.to(grad.dtype).unsqueeze(-1), grad_weights, None, None, None
+
+
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     """(P, I) x (E, O, I) -> (P, O). `grouped_mm` is not on autocast's list: x and weight come in one dtype."""
     y = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)

@@ -163,6 +163,7 @@ class Attention(nn.Module):
         if caption_width:
             self.text = GatedReading(caption_width, head, self.heads, qk_norm)
         self.reads = caption_width > 0
+        self.pairs_halves = False  # of positions rope2d-half
 
     def forward(
         self, x: Tensor, rotation: Tensor | None = None, text: Tensor | None = None, mask: Tensor | None = None
@@ -174,6 +175,8 @@ class Attention(nn.Module):
         # Normed before heads and tokens change places: kernels lay their output out as q, so that it needs no copy.
         if self.norms_heads:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.pairs_halves:
+            q, k = neighbours_of_halves(q), neighbours_of_halves(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))
@@ -277,7 +280,19 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
-POSITIONS = {"sincos": None, "rope": rotary_1d, "rope2d": rotary_2d}  # how a token knows its place: a table, rotations
+POSITIONS = {  # how a token knows its place: a table, or rotations
+    **{"sincos": None, "rope": rotary_1d, "rope2d": rotary_2d},
+    "rope2d-half": rotary_2d,  # whose pairs are of both halves of what is turned by a row or a column
+}
+
+
+def neighbours_of_halves(x: Tensor) -> Tensor:
+    """(N, T, h, d) whose pairs are (i, i + d/4) of each half -> the same with pairs side by side.
+
+    Of query and key alike: what attention sees of them does not depend on the order.
+    """
+    return x.unflatten(-1, (2, 2, -1)).transpose(-1, -2).flatten(-3)
+
 
 # --------------------------------------------------------------------------------------------------------- feed-forward
 
@@ -307,7 +322,14 @@ class SwiGLUMLP(nn.Module):
         return self.down_proj(SwiGLU.apply(self.gate_up_proj(x)))
 
 
-MLPS = {"gelu": GELUMLP, "swiglu": SwiGLUMLP}
+class SiLUMLP(GELUMLP):
+    """The same with SiLU, as DSMoE has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(x)))
+
+
+MLPS = {"gelu": GELUMLP, "swiglu": SwiGLUMLP, "silu": SiLUMLP}
 
 # ---------------------------------------------------------------------------------------------------------- embeddings
 

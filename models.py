@@ -38,8 +38,9 @@ from layers import (
     TimestepEmbedder,
     position_embedding,
 )
-from moe import MoE, Routing
+from moe import MoE
 from parametrization import PARAMETRIZATIONS, readout_multiplier
+from routers import Routing
 
 
 def build_model(name: str, **options) -> "DiT":
@@ -87,6 +88,7 @@ class DiTBlock(nn.Module):
         self.norm1, self.norm2 = (NORMS[config.norm](width) for _ in range(2))
         gated = config.caption_width if config.reading == "gated" else 0
         self.attn = Attention(width, config.num_heads, config.kv_heads, config.qk_norm, config.attention_bias, gated)
+        self.attn.pairs_halves = config.positions == "rope2d-half"
         if is_moe:
             self.moe = MoE(width, config.experts)
         else:
@@ -111,15 +113,19 @@ class DiTBlock(nn.Module):
         rotation: Tensor | None = None,
         text: Tensor | None = None,
         mask: Tensor | None = None,
+        null: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """(N, T, D) tokens, (N, c) condition, (T, d/2, 2) rotary positions, a text (N, L, D), its mask (N, L)."""
+        """(N, T, D) tokens, (N, c) condition, (T, d/2, 2) rotary positions, a text (N, L, D), its mask (N, L).
+
+        null (N,) says which images are of nothing, for a router that asks.
+        """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
         dtype = compute_dtype(self.attn.qkv.weight)
         x = x + gate_a.unsqueeze(1) * self.attn(self.norm1(x, shift_a, scale_a, dtype), rotation, text, mask)
         if self.reads:
             x = x + self.cross_attn(x, text, mask)
         tokens = self.norm2(x, shift_m, scale_m, dtype)
-        out, routing = self.moe(tokens) if self.is_moe else (self.mlp(tokens), None)
+        out, routing = self.moe(tokens, null) if self.is_moe else (self.mlp(tokens), None)
         return x + gate_m.unsqueeze(1) * out, routing
 
 
@@ -179,7 +185,7 @@ class DiT(nn.Module):
         x, sizes = self._embed(x)  # (N, T, D)
         # From here on fp32 under autocast.
         x = x.to(self.x_embedder.proj.weight.dtype) if self.pos_embed is None else x + self.pos_embed
-        c, rotation, reading = self.t_embedder(t), self._rotation(x.device), ()  # (N, c)
+        c, rotation, reading, null = self.t_embedder(t), self._rotation(x.device), (None, None), None  # (N, c)
         if self.config.caption_width:
             features, mask, null = Prompts(*condition)
             mask = mask.bool()
@@ -188,10 +194,13 @@ class DiT(nn.Module):
             c = c + self._sizes(c) if self.config.size_condition else c
         else:
             c = c + self.y_embedder(condition)
+            null = None if self.config.null_class is None else condition == self.config.null_class
+        if self.config.expert_count == self.config.num_experts:  # no router asks
+            null = None
         shared = self.t_block(c) if self.config.modulation == "single" else c
         routings = []
         for block in self.blocks:
-            x, routing = block(x, shared, rotation, *reading)
+            x, routing = block(x, shared, rotation, *reading, null)
             if routing is not None:
                 routings.append(routing)
         x = self._images(self.final_layer(x, c), sizes)
@@ -336,7 +345,7 @@ def count_parameters(model: DiT) -> tuple[int, int]:
     unused = 0
     for index in config.moe_indices:
         stacked = sum(parameter.numel() for parameter in model.blocks[index].moe.experts.parameters())
-        unused += stacked // config.num_experts * (config.num_experts - config.num_experts_per_tok)
+        unused += stacked // config.expert_count * (config.expert_count - config.num_experts_per_tok)
     return total, total - unused
 
 

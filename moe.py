@@ -2,71 +2,21 @@
 
 T tokens · D hidden width · E experts · K experts per token · F expert width · L MoE layers · P = T*K assignments
 
-`MoE.forward` is the composition  router -> dispatch -> experts -> combine (+ shared expert).  The T*K assignments are
-sorted by expert on the device, so that each expert's tokens are one contiguous segment and all experts are one grouped
-matrix product. What the router decided is returned as a `Routing`: the balance loss, the log and the analysis read it.
+`MoE.forward` is the composition  router -> dispatch -> experts -> combine (+ shared expert).  Assignments are sorted by
+expert on the device, so that each expert's tokens are one contiguous segment and all experts are one grouped matrix
+product. What the router decided is returned as a `Routing`: losses, the log and the analysis read it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import (
-    Combine,
-    Dispatch,
-    FP32Linear,
-    SwiGLU,
-    compute_dtype,
-    grouped_mm,
-    inverse_permutation,
-    segments_mm,
-    sort_by_expert,
-)
-
-
-class Routing(NamedTuple):
-    """What a router decided for T tokens, and the order in which the experts will see them."""
-
-    probs: Tensor  # (T, E) fp32, softmax over all experts, differentiable
-    expert_ids: Tensor  # (T, K) int64, the chosen experts
-    weights: Tensor  # (T, K) fp32, what each chosen expert's output is multiplied by, differentiable
-    order: Tensor  # (P,) int64, assignment t*K+k at each place of the order sorted by expert
-    offsets: Tensor  # (E,) int32, where each expert's segment of that order ends
-
-    @property
-    def tokens_per_expert(self) -> Tensor:
-        """(E,) int32, how many of the P assignments each expert got."""
-        return self.offsets.diff(prepend=self.offsets.new_zeros(1))
-
-
-class Router(nn.Module):
-    """Softmax top-k gate without bias, in fp32 whatever autocast says (arXiv 2407.11633, eq. 1).
-
-    The weights of the chosen experts are their probabilities over all E experts; with `normalize` they are divided by
-    their sum over the K chosen ones; then all are multiplied by `scaling_factor`.
-    """
-
-    def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int, normalize: bool = False, scaling_factor: float = 1.0
-    ):
-        super().__init__()
-        self.top_k, self.normalize, self.scaling_factor = top_k, normalize, scaling_factor
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.roles = {"weight": "router"}
-
-    def forward(self, x: Tensor) -> Routing:  # (T, D)
-        probs = FP32Linear.apply(x, self.weight).softmax(dim=-1)  # (T, E)
-        weights, expert_ids = probs.topk(self.top_k, dim=-1, sorted=False)  # (T, K)
-        if self.normalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        if self.scaling_factor != 1:
-            weights = weights * self.scaling_factor
-        order, offsets = sort_by_expert(expert_ids, num_experts=self.weight.shape[0])
-        return Routing(probs, expert_ids, weights, order, offsets)
+from kernels import SwiGLU, compute_dtype, grouped_mm, segments_mm
+from routers import ROUTERS, RouterConfig, Routing, Where
 
 
 class Experts(nn.Module):
@@ -175,16 +125,29 @@ class SharedExperts(nn.Module):
         return self.down_proj(SwiGLU.apply(self.gate_up_proj(x)), out)
 
 
+class SharedGELUExperts(nn.Module):
+    """The same of a tanh-GELU perceptron with biases, as ProMoE has it."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, width)
+        self.fc2 = nn.Linear(width, hidden_size)
+
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        return out + self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+SHARED_EXPERTS = {"swiglu": SharedExperts, "gelu": SharedGELUExperts}
+
+
 class ExpertsConfig(NamedTuple):
     """What a mixture of experts is made of."""
 
     width: int  # F, of each routed expert
-    count: int  # E
-    top_k: int  # K
+    router: RouterConfig
     shared_width: int = 0  # of the shared expert; 0: none
-    normalize: bool = False  # divide a token's K weights by their sum
     kind: str = "swiglu"  # of the routed experts, a key of `EXPERTS`
-    scaling_factor: float = 1.0  # then multiply them by this
+    shared_kind: str = "swiglu"  # a key of `SHARED_EXPERTS`
 
 
 class MoE(nn.Module):
@@ -192,54 +155,34 @@ class MoE(nn.Module):
 
     def __init__(self, hidden_size: int, config: ExpertsConfig):
         super().__init__()
-        self.gate = Router(hidden_size, config.count, config.top_k, config.normalize, config.scaling_factor)
-        self.experts = EXPERTS[config.kind](hidden_size, config.width, config.count)
-        self.shared_experts = SharedExperts(hidden_size, config.shared_width) if config.shared_width else None
+        self.gate = ROUTERS[config.router.kind](hidden_size, config.router)
+        count = config.router.experts + self.gate.extra_experts
+        self.experts = EXPERTS[config.kind](hidden_size, config.width, count)
+        shared = SHARED_EXPERTS[config.shared_kind]
+        self.shared_experts = shared(hidden_size, config.shared_width) if config.shared_width else None
         self.parallel = None  # an `ExpertParallel`, where `experts` holds a part of them only
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:  # (..., D) -> (..., D)
+    def forward(self, x: Tensor, null: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """(N, S, D) tokens of N images, and (N,) bool which of these are of nothing -> (N, S, D)."""
         tokens = x.flatten(0, -2).to(compute_dtype(next(self.experts.parameters())))  # (T, D)
-        routing = self.gate(tokens)
+        routing = self.gate(tokens, Where(1 if x.ndim < 3 else len(x), null))
 
-        inverse = inverse_permutation(routing.order)  # assignment -> its place
-        y = Dispatch.apply(tokens, inverse, self.gate.top_k)  # (P, D)
-        if self.parallel is None:
-            y = self.experts(y, routing.offsets)
-        else:
-            y = self.parallel(self.experts, y, routing.tokens_per_expert)
-        out = Combine.apply(y, routing.weights, routing.order, inverse)  # (T, D)
+        def experts(y: Tensor) -> Tensor:  # (P, D)
+            if self.parallel is None:
+                return self.experts(y, routing.offsets)
+            return self.parallel(self.experts, y, routing.tokens_per_expert)
 
+        out = routing.run(tokens, experts)  # (T, D)
         if self.shared_experts is not None:
             out = self.shared_experts(tokens, out)
         return out.view(x.shape), routing
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Every projection xavier-uniform on its own, the gate kaiming-uniform with a = sqrt(5)."""
+        """Every projection xavier-uniform on its own, the router as it says."""
         self.experts.init_weights()
-        nn.init.kaiming_uniform_(self.gate.weight, a=5**0.5)
-
-
-def load_balancing_loss(routings: Sequence[Routing], sum_over_processes: Callable[[Tensor], Tensor] | None = None):
-    """The balance loss of each MoE layer, before its factor alpha (arXiv 2407.11633, eq. 3; Switch, 2101.03961).
-
-    sum_e f_e * P_e with f_e = E * (share of the P assignments that e got) and P_e = mean probability of e: 1 where
-    routing is uniform, up to E where one expert takes all. The gradient flows through P_e alone.
-
-    Args:
-        routings: one per MoE layer, all with the same E.
-        sum_over_processes: sums a tensor over all data-parallel processes; with it f_e is that of the global batch,
-            and the mean over processes of this loss is the loss of the global batch.
-
-    Returns:
-        (L,) fp32.
-    """
-    counts = torch.stack([routing.tokens_per_expert for routing in routings]).float()  # (L, E)
-    if sum_over_processes is not None:
-        counts = sum_over_processes(counts)
-    load = counts * counts.shape[1] / counts.sum(dim=1, keepdim=True)  # f
-    importance = torch.stack([routing.probs.mean(dim=0) for routing in routings])  # P
-    return (load * importance).sum(dim=1)
+        self.gate.init_weights()
+        self.gate.reset_buffers()
 
 
 def load_statistics(tokens_per_expert: Tensor) -> dict[str, list[float]]:

@@ -44,6 +44,7 @@ from layers import (
     roles_of,
 )
 from moe import MoE
+from routers import Router
 
 
 class Rule(NamedTuple):
@@ -172,6 +173,8 @@ def draw_by_role(unit: list[nn.Module], config) -> None:
         for module in part.modules():
             if isinstance(module, DRAW_THEMSELVES):
                 module.reset_parameters()
+            if isinstance(module, Router):
+                module.reset_buffers()
 
 
 DRAW_THEMSELVES = (QKNorm, AdaptiveRMSNorm, CaptionEmbedder, CaptionSummary, GatedReading, RowEnds)

@@ -62,6 +62,7 @@ from models import CHECKPOINTING, DiT
 from objectives import add_objective_arguments, choose_objective, spell_out
 from optim import ADAMW, SCHEDULES
 from parametrization import PARAMETRIZATIONS, is_mup
+from routers import ROUTERS, SigmoidRouter, SoftmaxRouter
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -137,6 +138,21 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument(
         "--aux-loss-alpha", type=number_in(0, 1e6), default=0.005, help="factor of the balance loss (paper: 0.005)"
     )
+    group.add_argument(
+        "--balance",
+        nargs="+",
+        choices=BALANCE,
+        default=None,
+        help="aux: the balance loss over the batch; sequence: of each image; z: small logits; bias: the choice moves "
+        "(aux; of rows with another router as published)",
+    )
+    group.add_argument("--z-loss-alpha", type=number_in(0, 1e6), default=1e-3, help="factor of z")
+    group.add_argument(
+        "--router-loss-alpha", type=number_in(0, 1e6), default=1.0, help="factor of losses that a router brings along"
+    )
+    group.add_argument(
+        "--dead-after", type=positive_int, default=1000, help="steps without a token until an expert is reported"
+    )
     parser.add_switch(group, "--local-balance", False, "balance each process's own tokens, not those of all processes")
     group.add_argument(
         "--global-seed", type=natural_int, default=0, help="of initial weights, data order and all noise"
@@ -203,12 +219,14 @@ def add_training_arguments(parser: Parser) -> None:
     parser.add_switch(group, "--wandb", False, "log to Weights & Biases too (pip install wandb)")
 
 
+BALANCE = ("aux", "sequence", "z", "bias", "none")
 WIDE_BASE = "muP with a base width of {}, more than the model's {}: matrices learn faster than --lr says"
 NEEDS = (  # besides those of objectives.py
     Need(
         (
             *("num_experts_per_tok", "num_shared_experts", "expert_ratio", "moe_layers", "norm_topk_prob"),
-            *("aux_loss_alpha", "local_balance"),
+            *("aux_loss_alpha", "local_balance", "balance", "z_loss_alpha", "router_loss_alpha", "dead_after"),
+            *("router", "router_groups", "router_kept_groups", "routed_scaling_factor", "shared_mlp", "expert_mlp"),
         ),
         lambda args: args.num_experts > 0,
         "--num_experts N (a dense DiT has no experts)",
@@ -218,6 +236,7 @@ NEEDS = (  # besides those of objectives.py
         lambda args: args.parametrization != "standard",
         "--mup (the standard parametrization has no base)",
     ),
+    Need(("z_loss_alpha",), lambda args: "z" in args.balance, "--balance z"),
     Need(("keep_every",), lambda args: args.keep_last > 0, "--keep-last K (all checkpoints are kept)"),
     Need(
         ("metrics_samples", "metrics_ref", "metrics_weights"), lambda args: args.metrics_every > 0, "--metrics-every N"
@@ -242,6 +261,7 @@ RUN_CONTROL = {
     *("image_size", "background"),  # the model's input size and the data's fingerprint tell
     *("data_path", "feature_path", "vae_path", "num_workers", "epochs", "max_steps", "device", "local_rank", "timeout"),
     *("dim_heads", "load_base_shapes", "root"),  # the model says the first two
+    "dead_after",
     *("tokenizer_path", "text_encoder", "max_text_tokens"),  # the record of the encoder tells
     *("local_diffusers_model_root", "micro_batch_size", "master_port", "no_auto_resume", "model_parallel_size"),
     *("grad_precision", "attention", "compile", "activation_checkpointing", "deterministic", "pretraining_tp"),
@@ -361,6 +381,9 @@ def new_network(run: Run, whole_blocks: bool = True) -> DiT:
         network = DiT(run.config)
     network.set_checkpointing(args.activation_checkpointing)
     network.set_attention(args.attention)
+    for block in network.blocks:
+        if block.is_moe:
+            block.moe.gate.keeps_logits = "z" in args.balance
     if args.compile:
         network.compile_blocks(fullgraph=whole_blocks)
     torch.manual_seed(args.global_seed)
@@ -439,6 +462,7 @@ def _choose(args, processes: distributed.Processes) -> Choices:
     model = base_shapes.fitted(choose_model(args, weights), args, None if weights is None else weights.source)
     encoder = open_encoder(args)
     model = of_texts(model, encoder, args, weights)
+    model = balanced(model, args)
     for name in MODEL_FLAGS.keys() - {"num_classes"}:
         setattr(args, name, getattr(model, name))
     args.model = name_of(model, args.model)
@@ -493,6 +517,8 @@ def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distri
     schedule = BatchSchedule(
         len(data), args.global_batch_size, args.accum_iter, processes.rank, processes.world_size, args.global_seed
     )
+    if config.num_experts and config.router == "batch-pool" and schedule.micro_batch_size == 1:
+        raise UsageError("router batch-pool competes over the images of a process and micro-batch: more than 1, please")
     steps = args.epochs * schedule.steps_per_epoch
     total_steps = min(args.max_steps or steps, steps)
     if args.profile and total_steps < args.profile + profiling.BEFORE:
@@ -588,6 +614,27 @@ def of_texts(model: DiTConfig, encoder: text.TextEncoder | None, args, weights) 
     if weights is None and not model.caption_width:
         fields |= {name: value for name, value in family_of_row(row_said(args)).TEXTS.items() if name not in args.given}
     return dataclasses.replace(model, **fields)
+
+
+def balanced(model: DiTConfig, args) -> DiTConfig:
+    """The model with the bias of `--balance bias`, and `--balance` as it is meant.
+
+    Raises:
+        UsageError: the router has no such thing, or the choices contradict each other.
+    """
+    biased = model.num_experts > 0 and model.router_bias
+    if args.balance is None:
+        own = ROUTERS[model.router] not in (SoftmaxRouter, SigmoidRouter)
+        args.balance = ["bias"] if biased else ["none"] if own else ["aux"]
+    if "none" in args.balance and len(args.balance) > 1:
+        raise UsageError(f"--balance {' '.join(args.balance)}: none and another one contradict each other")
+    if "bias" in args.balance and model.num_experts:
+        return dataclasses.replace(model, router_bias=True)
+    if biased:
+        raise UsageError(f"--balance {' '.join(args.balance)}: {args.model or args.init_from} has a bias: add bias")
+    if "z" in args.balance and model.router.startswith("prototypes"):
+        raise UsageError(f"--balance z is of routers with logits, not of {model.router}")
+    return model
 
 
 def open_encoder(args) -> text.TextEncoder | None:

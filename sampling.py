@@ -25,7 +25,17 @@ import text
 from autoencoders import SpaceInfo, add_root_arguments, load_space, space_info, vae_below
 from cli import Need, Parser, RunStopped, UsageError, check_needs, natural_int, number_in, only, positive_int, warn_once
 from conditions import CHOICES, Captions, Classes
-from configuration import DIT_MUP, UNSEEN, DiTConfig, add_mup_arguments, build_config, is_row, unseen, usual_heads
+from configuration import (
+    DIT_MUP,
+    UNSEEN,
+    DiTConfig,
+    add_mup_arguments,
+    add_router_arguments,
+    build_config,
+    is_row,
+    unseen,
+    usual_heads,
+)
 from diffusion import classifier_free_guidance
 from families import DiT_models
 from layers import check_attention
@@ -55,6 +65,7 @@ def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
     group.add_argument("--num_experts_per_tok", type=positive_int, help="2 for published files")
     parser.add_switch(group, "--norm-topk-prob", None, "routing weights of a token are divided by their sum")
     group.add_argument("--routed-scaling-factor", type=number_in(1e-6, 1e6), help="then multiplied by this")
+    add_router_arguments(group)
     add_objective_arguments(parser, group, training=False)
     group.add_argument("--vae-path", "--vae", help="autoencoder: folder, hub name, mse, ema, or none for pixel space")
     add_root_arguments(group)

@@ -31,9 +31,10 @@ from data import UnreadableImages, make_loader
 from diffusion import NoisedBatch, stratify
 from files import dispensable, remedy
 from models import DiT, count_parameters
-from moe import Routing, load_balancing_loss, load_statistics, router_entropy
+from moe import load_statistics, router_entropy
 from optim import lr_factor
 from profiling import StepProfiler
+from routers import Routing, load_balancing_loss, sequence_balancing_loss, z_loss
 from runs import Run, flags
 
 BAD_STEPS_IN_A_ROW = 5  # updates skipped for a loss that is not finite before the run gives up
@@ -54,6 +55,7 @@ class Engine(Protocol):
     """Where parameters live and how gradients meet; the loop knows no more of a trainer than this."""
 
     all_write: bool  # each process has a part of a checkpoint to write, not rank 0 alone
+    module: DiT  # whose routers are told what happened
 
     def forward(self, x: Tensor, t: Tensor, condition) -> tuple[Tensor, list[Routing]]:
         """`DiT.forward(..., return_routing=True)` in the engine's precision."""
@@ -173,15 +175,24 @@ class Progress:
     skipped: int = 0
     bad_in_a_row: int = 0
     unreadable: set[int] = field(default_factory=set)  # images that could not be read so far
+    idle: Tensor | None = None  # (L, E) steps since an expert had a token
+
+    def note_idle(self, counts: Tensor, limit: int) -> list[tuple[int, int]]:
+        """The (layer, expert) that have just had no token for `limit` steps, of (L, E) counts of a step."""
+        before = torch.zeros(counts.shape, dtype=torch.int64) if self.idle is None else self.idle
+        self.idle = torch.where(counts > 0, 0, before + 1)
+        return (self.idle == limit).nonzero().tolist()
 
     def state(self) -> dict:
         """A copy: it is written while the next steps go on."""
-        return vars(self) | {"window": self.window.state(), "unreadable": sorted(self.unreadable)}
+        idle = None if self.idle is None else self.idle.tolist()
+        return vars(self) | {"window": self.window.state(), "unreadable": sorted(self.unreadable), "idle": idle}
 
     def load(self, state: dict) -> None:
         self.step, self.skipped, self.bad_in_a_row = state["step"], state["skipped"], state["bad_in_a_row"]
         self.unreadable = set(state["unreadable"])
         self.window.load(state["window"])
+        self.idle = None if state.get("idle") is None else torch.tensor(state["idle"])
 
 
 def train(run: Run, engine: Engine) -> None:
@@ -192,7 +203,7 @@ def train(run: Run, engine: Engine) -> None:
         SystemExit: a signal asked for the end; the state has been saved.
     """
     run.processes.set_timeout(run.args.start_timeout)  # of the groups that the engine made too
-    progress = Progress(window=Window(len(run.config.moe_indices), run.config.num_experts))
+    progress = Progress(window=Window(len(run.config.moe_indices), run.config.expert_count))
     if run.resume_from is not None:
         engine.load(run.resume_from)
         progress.load(checkpoint.read_state(run.resume_from))
@@ -228,12 +239,14 @@ def _loop(run: Run, engine: Engine, progress: Progress, saver: "Saver") -> None:
                 output, routings = engine.forward(noised.x_t, noised.t, condition)
                 terms = run.objective.loss(output.float(), noised)  # {name: (N,)}
                 loss, values, counts = total_loss(
-                    terms, routings, args.aux_loss_alpha, None if args.local_balance else processes.sum
+                    terms, routings, Balance.of(args), None if args.local_balance else processes.sum
                 )
                 engine.backward(loss / args.accum_iter)
-            totals.append(torch.cat([values / args.accum_iter, counts.flatten()]))
+            observed = [routing.observed for routing in routings if routing.observed is not None]
+            means = torch.cat([torch.stack(list(values.values())), *(each.to(loss.dtype) for each in observed)])
+            totals.append(torch.cat([means / args.accum_iter, counts.flatten()]))
             seen.append((batch["index"], terms["loss"].detach()))
-        names = [*terms, "balance_loss"] if routings else list(terms)
+        names = list(values)
 
         # Agree: one exchange tells every process the loss, the experts' load and who was asked to stop.
         saver.settle(wait=False)
@@ -247,7 +260,10 @@ def _loop(run: Run, engine: Engine, progress: Progress, saver: "Saver") -> None:
             for name in unreadable.update([i for part in processes.gather(bad_images) for i in part], run.data):
                 log.info(f"unreadable image, replaced by its successor: {name}")
         means = {name: value / processes.world_size for name, value in zip(names, agreed[4:], strict=False)}
-        counts = torch.tensor(agreed[4 + len(names) :], dtype=torch.float64)
+        rest = torch.tensor(agreed[4 + len(names) :], dtype=torch.float64)
+        counts = rest[len(rest) - counts.numel() :].view(counts.shape)  # (L, E)
+        observed = rest[: len(rest) - counts.numel()] / processes.world_size
+        observed = observed.view(len(counts), -1) if len(observed) else [None] * len(counts)
 
         # Update.
         lr = args.lr * lr_factor(progress.step, args.lr_schedule, args.warmup_steps, run.total_steps)
@@ -263,6 +279,11 @@ def _loop(run: Run, engine: Engine, progress: Progress, saver: "Saver") -> None:
         if update.applied:
             progress.bad_in_a_row = 0
             progress.window.add(means | {"grad_norm": update.grad_norm}, counts)
+            tell_routers(engine.module, counts, observed)
+            if routings and (dead := progress.note_idle(counts, args.dead_after)):
+                layers = run.config.moe_indices
+                which = ", ".join(f"expert {expert} of block {layers[layer]}" for layer, expert in dead[:8])
+                log.info(f"WARNING: {len(dead)} experts had no token in {args.dead_after} steps: {which}")
         else:
             note_bad_step(run, progress, seen, finite)
 
@@ -300,19 +321,50 @@ def make_batch(run: Run, batch: dict[str, Tensor], positions: Tensor) -> tuple[N
     return run.objective.noised(x0, batch["noise"], u), run.condition.drop(condition, batch["drop_u"])
 
 
-def total_loss(terms: dict[str, Tensor], routings: list[Routing], alpha: float, sum_over_processes):
-    """The loss to minimise, and what the log wants of it: the mean of each term (and the balance loss), counts (L, E).
+class Balance(NamedTuple):
+    """Which losses of routing there are, and their factors; each is summed over the layers."""
 
-    The balance loss is part of the loss, so scaling, accumulation and sharding treat it as they treat the rest. Its
-    load is that of the micro-batch over all processes, so it does not depend on how many there are.
+    kinds: tuple[str, ...] = ("aux",)  # of runs.BALANCE
+    aux: float = 0.005
+    z: float = 1e-3
+    own: float = 1.0  # of the losses that a router brings along
+
+    @classmethod
+    def of(cls, args) -> "Balance":
+        return cls(tuple(args.balance), args.aux_loss_alpha, args.z_loss_alpha, args.router_loss_alpha)
+
+
+def total_loss(
+    terms: dict[str, Tensor], routings: list[Routing], balance: Balance, sum_over_processes
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The loss to minimise, and what the log wants of it: the mean of each term, of losses of routing, counts (L, E).
+
+    These are part of the loss, so scaling, accumulation and sharding treat them as they treat the rest. The load of the
+    balance loss is that of the micro-batch over all processes, so it does not depend on how many there are.
     """
     loss = terms["loss"].mean()
-    values = [term.detach().mean() for term in terms.values()]
+    values = {name: term.detach().mean() for name, term in terms.items()}
     if not routings:
-        return loss, torch.stack(values), loss.new_zeros(0)
-    balance = load_balancing_loss(routings, sum_over_processes)  # (L,)
-    counts = torch.stack([routing.tokens_per_expert for routing in routings]).to(loss.dtype)
-    return loss + alpha * balance.sum(), torch.stack([*values, balance.detach().mean()]), counts
+        return loss, values, loss.new_zeros(0, 0)
+    even = load_balancing_loss(routings, sum_over_processes)  # (L,)
+    values["balance_loss"] = even.detach().mean()
+    if "aux" in balance.kinds:
+        loss = loss + balance.aux * even.sum()
+    if "sequence" in balance.kinds:
+        loss = loss + balance.aux * sequence_balancing_loss(routings, len(terms["loss"])).sum()
+    if "z" in balance.kinds:
+        large = z_loss(routings)
+        loss, values["z_loss"] = loss + balance.z * large.sum(), large.detach().mean()
+    for name in routings[0].losses:
+        own = torch.stack([routing.losses[name] for routing in routings])
+        loss, values[f"{name}_loss"] = loss + balance.own * own.sum(), own.detach().mean()
+    return loss, values, torch.stack([routing.tokens_per_expert for routing in routings]).to(loss.dtype)
+
+
+def tell_routers(model: DiT, counts: Tensor, observed) -> None:
+    """Once a step, what all processes saw: (L, E) counts, and of each layer what its router wants the mean of."""
+    for block, of_layer, seen in zip((b for b in model.blocks if b.is_moe), counts, observed, strict=True):
+        block.moe.gate.after_step(of_layer, seen)
 
 
 def note_bad_step(run: Run, progress: Progress, seen: list[tuple[Tensor, Tensor]], finite: bool) -> None:
@@ -344,7 +396,7 @@ def report(run: Run, engine: Engine, progress: Progress, clock: Clock, lr: float
     window = progress.window
     values = window.means() | {"lr": lr}
     if routings and window.steps:
-        values |= load_statistics(window.counts)
+        values |= load_statistics(window.counts[:, : run.config.num_experts])
     if routings:
         values["router_entropy"] = (run.processes.sum(router_entropy(routings)) / run.processes.world_size).tolist()
     values |= clock.rates() | engine.extra_metrics()

@@ -28,8 +28,8 @@ from cli import UsageError
 from configuration import DiTConfig
 from files import replacing
 from layers import RowEnds
-from moe import Routing
 from records import BadRecord, Name, check_arrays, parse_record
+from routers import Routing
 
 STEP_BINS = 16  # of the evaluations, for what is also kept by class or by patch
 PROBABILITY_UNIT = 2**-20  # probabilities are summed as whole multiples of it
@@ -113,7 +113,7 @@ class Tally:
         self.classes = sorted(set(labels))
         self.rows, self.floor_rows = class_rows(self.labels, self.classes)
         halves, layers, steps = 1 + guided, len(config.moe_indices), len(self.times)
-        self.bins, experts = min(STEP_BINS, steps), config.num_experts
+        self.bins, experts = min(STEP_BINS, steps), config.expert_count
         self.patches = config.side**2
         top = min(config.num_experts_per_tok, 2)
         by_class = halves, layers, self.bins, len(self.classes), experts
@@ -136,14 +136,13 @@ class Tally:
     def add(self, step: int, images: Sequence[int], routings: Sequence[Routing]) -> None:
         """Count evaluation `step` of a batch of `images`; conditional half first if there are two. Asks no host."""
         probs = torch.stack([routing.probs for routing in routings])  # (L, T, E), T = h*N*P
-        expert_ids = torch.stack([routing.expert_ids for routing in routings])  # (L, T, K)
+        chosen = torch.stack([routing.chosen for routing in routings])  # (L, T, E)
         halves = probs.shape[1] // (len(images) * self.config.tokens)
         split = (len(routings), halves, len(images), self.patches)
-        probs, expert_ids = (self._of_patches(each, len(images)) for each in (probs, expert_ids))
+        probs, chosen = (self._of_patches(each, len(images)) for each in (probs, chosen))
         sums, place = self.sums, step * self.bins // len(self.times)
         rows, floor_rows = (self._on_device(table[images]) for table in (self.rows, self.floor_rows))
 
-        chosen = torch.zeros_like(probs, dtype=torch.int64).scatter_(2, expert_ids, 1)
         for name, values in {"counts": chosen, "probs": in_units(probs)}.items():
             values = values.view(*split, -1).transpose(0, 1)  # (h, L, N, P, E)
             by_image = values.sum(dim=3)  # (h, L, N, E)
@@ -159,12 +158,14 @@ class Tally:
 
         for row, image in enumerate(images):
             if image in self.examples:
-                stacks = (torch.stack([getattr(r, name) for r in routings]) for name in ("weights", "expert_ids"))
-                stacks = (self._of_patches(each, len(images)) for each in stacks)
-                weights, ids = (each.view(*split, -1)[:, :, row] for each in stacks)  # (L, h, P, K)
-                ranked = ids.gather(-1, weights.argsort(dim=-1, descending=True, stable=True))
+                weights = torch.stack([routing.dense_weights for routing in routings])
+                weights = self._of_patches(weights, len(images)).view(*split, -1)[:, :, row]  # (L, h, P, E)
+                there = chosen.view(*split, -1)[:, :, row] > 0
+                weights = torch.where(there, weights, -torch.inf)
                 kept = sums["examples"][self.examples.index(image)]
-                kept[:halves, :, step] = (1 + ranked[..., : kept.shape[-1]]).transpose(0, 1).to(kept.dtype)
+                ranked = weights.topk(kept.shape[-1], dim=-1)
+                ranks = torch.where(ranked.values > -torch.inf, 1 + ranked.indices, 0)
+                kept[:halves, :, step] = ranks.transpose(0, 1).to(kept.dtype)
 
     def _of_patches(self, values: Tensor, images: int) -> Tensor:
         """(L, h*N*tokens, ...) -> (L, h*N*P, ...): without the ends of rows, where there are some."""
@@ -192,9 +193,9 @@ class Tally:
         config, sums = self.config, {name: total.cpu().numpy() for name, total in self.sums.items()}
         arrays = {name: np.ascontiguousarray(total) for name, total in sums.items() if name.endswith("_counts")}
         for by in ("step", "class", "patch"):
-            tokens = sums[f"{by}_counts"].sum(axis=-1, keepdims=True) / config.num_experts_per_tok
+            tokens = self._tokens(sums[f"{by}_probs"])
             arrays[f"{by}_probs"] = PROBABILITY_UNIT * sums[f"{by}_probs"] / np.maximum(tokens, 1)
-        tokens = sums["step_counts"].sum(axis=-1) / config.num_experts_per_tok  # (H, L, S)
+        tokens = self._tokens(sums["step_probs"])[..., 0]  # (H, L, S)
         with np.errstate(invalid="ignore"):  # nan where a half was not evaluated
             arrays["entropy"] = sums["entropy"] * (PROBABILITY_UNIT / math.log(max(2, config.num_experts))) / tokens
             arrays["overlap"] = sums["overlap"] / (tokens[-1] * config.num_experts_per_tok)
@@ -202,11 +203,16 @@ class Tally:
             arrays["overlap"] = np.full_like(arrays["overlap"], np.nan)
         arrays |= {name: sums[name] for name in ("examples", "example_images")}
         about |= {
-            **{"num_experts": config.num_experts, "top_k": config.num_experts_per_tok, "times": self.times},
+            **{"num_experts": config.expert_count, "top_k": config.num_experts_per_tok, "times": self.times},
             **{"layers": list(config.moe_indices), "classes": self.classes, "images": len(self.labels)},
             **{"examples": self.examples, "example_labels": [self.labels[image] for image in self.examples]},
         }
         return RoutingData(about, {name: array.astype(stored_dtype(name, config)) for name, array in arrays.items()})
+
+    @staticmethod
+    def _tokens(probs: np.ndarray) -> np.ndarray:
+        """(..., E) sums of probabilities -> (..., 1): how many tokens these are of, each of which has 1."""
+        return np.round(PROBABILITY_UNIT * probs.sum(axis=-1, keepdims=True, dtype=np.float64))
 
     @property
     def file_bytes(self) -> int:

@@ -14,7 +14,7 @@ from diffusion import RectifiedFlow
 from models import DiT
 from optim import EMA, build_optimizer, lr_factor, set_lr
 from scripts.digits import Digits
-from training import total_loss
+from training import Balance, total_loss
 
 MODEL = dict(input_size=8, in_channels=3, num_classes=10)
 FLOW = RectifiedFlow(shift=2.0)
@@ -69,7 +69,7 @@ def train(
         for parts in zip(*(whole.chunk(accumulation) for whole in (images[chosen], noise, u, y)), strict=True):
             batch = objective.noised(*parts[:3])
             output, routings = model(batch.x_t, batch.t, parts[3], return_routing=True)
-            loss, _, _ = total_loss(objective.loss(output, batch), routings, alpha, None)
+            loss, _, _ = total_loss(objective.loss(output, batch), routings, Balance(aux=alpha), None)
             scaler.scale(loss / accumulation).backward()
         set_lr(optimizer.param_groups, lr * lr_factor(step - first, "constant", WARMUP, last - first))
         scaler.step(optimizer)

@@ -19,6 +19,7 @@ from benchmarks.harness import Goal
 from benchmarks.naive import WAYS, in_another_way
 from configuration import build_config
 from moe import ExpertsConfig, MoE, load_statistics
+from routers import RouterConfig
 
 EXPERTS = {  # name: experts, experts per token, width of one over D; each with 8 D activated, beside the shared 2 D
     "8": (8, 2, 4.0),
@@ -134,7 +135,7 @@ def make_layer(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Mo
     width = build_config(f"DiT-{case.model}/2").hidden_size
     count, top_k, ratio = EXPERTS[case.experts]
     with torch.device(device):
-        moe = MoE(width, ExpertsConfig(int(ratio * width), count, top_k, shared_width=2 * width))
+        moe = MoE(width, ExpertsConfig(int(ratio * width), RouterConfig(count, top_k), shared_width=2 * width))
         for linear in (module for module in moe.modules() if isinstance(module, nn.Linear)):
             nn.init.xavier_uniform_(linear.weight)
         moe.init_weights()

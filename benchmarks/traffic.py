@@ -27,7 +27,7 @@ from benchmarks.moe_block import EXPERTS
 from benchmarks.naive import DenseMLP
 from configuration import build_config
 from models import DiTBlock
-from moe import ExpertsConfig, MoE
+from moe import MoE
 
 NO_KERNEL = ("prim.device", "aten.detach", "aten.empty", "aten.new_empty", "aten._unsafe_view")
 WRITTEN_ONLY = ("aten.copy_", "aten.index_put_", "aten.scatter_")  # of what they change in place, nothing is read
@@ -163,7 +163,7 @@ def counted(case: Case) -> dict[str, tuple[Recorder, Recorder]]:
     width, autocast = config.hidden_size, case.what == "block"
     found = {}
     with FakeTensorMode(), weights_of(torch.float32 if autocast else torch.bfloat16):
-        moe = MoE(width, ExpertsConfig(config.expert_width, count, top_k, config.shared_width))
+        moe = MoE(width, config.experts)
         for way, layer in (("MoE", moe), ("dense", DenseMLP(moe))):
             x = torch.empty(case.tokens // 256, 256, width, requires_grad=True)
             if case.what == "layer":

@@ -14,7 +14,8 @@ from benchmarks.naive import NaiveMoE
 from benchmarks.traffic import Case, case_rows, record, weights_of
 from configuration import build_config
 from models import DiTBlock
-from moe import ExpertsConfig, MoE, load_balancing_loss
+from moe import ExpertsConfig, MoE
+from routers import RouterConfig, load_balancing_loss
 
 pytestmark = traces_fp32
 TOKENS, HIDDEN, EXPERTS, TOP_K = 64, 32, 8, 2
@@ -23,7 +24,7 @@ WIDE = TOKENS * HIDDEN  # elements of an activation; nothing else in the layer i
 
 def layer(dtype: torch.dtype = torch.float32) -> tuple[MoE, torch.Tensor]:
     with weights_of(dtype):
-        return MoE(HIDDEN, ExpertsConfig(4 * HIDDEN, EXPERTS, TOP_K, 2 * HIDDEN)), torch.randn(
+        return MoE(HIDDEN, ExpertsConfig(4 * HIDDEN, RouterConfig(EXPERTS, TOP_K), 2 * HIDDEN)), torch.randn(
             1, TOKENS, HIDDEN, requires_grad=True
         )
 
@@ -66,7 +67,10 @@ def test_traffic_of_a_layer(experts, forward, both):
 @pytest.mark.parametrize("experts", [4, 64])
 def test_kernels_do_not_grow_with_experts(experts):
     with FakeTensorMode():
-        moe, x = MoE(HIDDEN, ExpertsConfig(4 * HIDDEN, experts, TOP_K, 2 * HIDDEN)), torch.randn(TOKENS, HIDDEN)
+        moe, x = (
+            MoE(HIDDEN, ExpertsConfig(4 * HIDDEN, RouterConfig(experts, TOP_K), 2 * HIDDEN)),
+            torch.randn(TOKENS, HIDDEN),
+        )
         forward, _ = record(moe, x, grad=False)
     assert len(forward.made) == 19
 

@@ -15,13 +15,14 @@ import cli
 from configuration import build_config
 from expert_parallel import AllToAll, check_expert_parallel, deal_experts
 from moe import ExpertsConfig, MoE
+from routers import RouterConfig
 
 WIDTH, EXPERTS = 16, 4
 
 
 def layer(expert_mlp: str, skewed: bool) -> MoE:
     torch.manual_seed(0)
-    moe = MoE(WIDTH, ExpertsConfig(24, EXPERTS, top_k=2, shared_width=16, kind=expert_mlp))
+    moe = MoE(WIDTH, ExpertsConfig(24, RouterConfig(EXPERTS, 2), shared_width=16, kind=expert_mlp))
     moe.init_weights()
     with torch.no_grad():
         for parameter in moe.experts.parameters():

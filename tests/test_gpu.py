@@ -11,7 +11,7 @@ from test_sampling import generate, random_model
 import train
 from diffusion import GaussianDiffusion, RectifiedFlow
 from layers import ATTENTION_BACKENDS
-from moe import load_balancing_loss
+from routers import load_balancing_loss
 
 pytestmark = [
     pytest.mark.gpu,

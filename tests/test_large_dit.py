@@ -22,7 +22,7 @@ from configuration import build_config, infer_config
 from diffusion import classifier_free_guidance
 from files import digest, digest_of
 from models import DiT, count_parameters
-from moe import load_balancing_loss
+from routers import load_balancing_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 

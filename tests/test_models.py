@@ -12,7 +12,8 @@ from configuration import DiTConfig, build_config, infer_config
 from families import DiT_models, from_published
 from kernels import AdaptiveLayerNorm
 from models import CHECKPOINTING, DiT, build_model, count_parameters
-from moe import EXPERTS, load_balancing_loss
+from moe import EXPERTS
+from routers import load_balancing_loss
 
 GOLDEN = ("dit_moe_timm_attention", "dit_moe_flash_attention", "dit_dense")
 

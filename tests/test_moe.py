@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import kernels
 from kernels import AddBias, FP32Linear
 from models import build_model
-from moe import EXPERTS, ExpertsConfig, MoE, Routing, load_balancing_loss, load_statistics, router_entropy
+from moe import EXPERTS, ExpertsConfig, MoE, load_statistics, router_entropy
+from routers import RouterConfig, Routing, Where, load_balancing_loss
 
 every_kind = pytest.mark.parametrize("kind", EXPERTS)
 
@@ -18,7 +19,10 @@ def make_moe(
     experts=4, top_k=2, width=16, hidden=8, shared=16, normalize=False, kind="swiglu", scaling=1.0, seed=0
 ) -> MoE:
     torch.manual_seed(seed)
-    moe = MoE(hidden, ExpertsConfig(width, experts, top_k, shared, normalize, kind, scaling))
+    moe = MoE(
+        hidden,
+        ExpertsConfig(width, RouterConfig(experts, top_k, normalize=normalize, scaling_factor=scaling), shared, kind),
+    )
     moe.init_weights()
     for name, parameter in moe.named_parameters():
         if name.endswith("bias"):  # fresh ones are zero, and would hide a mistake
@@ -40,10 +44,10 @@ def per_token(moe: MoE, x: torch.Tensor) -> torch.Tensor:
     for token in x.flatten(0, -2):
         probs = torch.softmax(moe.gate.weight @ token, dim=0)
         chosen = probs.topk(moe.gate.top_k).indices
-        total = probs[chosen].sum() if moe.gate.normalize else 1.0
+        total = probs[chosen].sum() if moe.gate.config.normalize else 1.0
         out = 0
         for expert in chosen:
-            weight = moe.gate.scaling_factor * probs[expert] / total
+            weight = moe.gate.config.scaling_factor * probs[expert] / total
             out = out + weight * one_expert(moe.experts, expert, token)
         if moe.shared_experts is not None:
             s = moe.shared_experts
@@ -171,7 +175,7 @@ def test_hidden_units_are_views_of_what_belongs_together(kind):
 def test_fresh_experts_are_scaled_as_single_linears():
     """Xavier's bound is that of one (F, D) projection, not of the stack."""
     for kind, widths in {"swiglu": 3, "gelu": 2}.items():
-        moe = MoE(32, ExpertsConfig(128, 4, 2, kind=kind))
+        moe = MoE(32, ExpertsConfig(128, RouterConfig(4, 2), kind=kind))
         moe.init_weights()
         bound = (6 / (32 + 128)) ** 0.5
         projections = [units for units in moe.experts.hidden_units().values() if units.shape[2] > 1]
@@ -183,7 +187,7 @@ def test_fresh_experts_are_scaled_as_single_linears():
 def test_routing_describes_the_sorted_order():
     moe = make_moe(experts=5, top_k=2)
     tokens = torch.randn(33, 8)
-    routing = moe.gate(tokens)
+    routing = moe.gate(tokens, Where(1))
     assert isinstance(routing, Routing)
     probs = torch.softmax(tokens @ moe.gate.weight.T, dim=1)
     torch.testing.assert_close(routing.probs, probs)
@@ -225,7 +229,7 @@ def test_traces_as_one_graph_without_host_access(kind):
 def test_runs_forward_and_backward_on_fake_tensors(kind, dtype):
     """Fake tensors have shapes but no values: reading one, in either direction, raises."""
     with FakeTensorMode():
-        moe = MoE(16, ExpertsConfig(32, 4, 2, 16, kind=kind))
+        moe = MoE(16, ExpertsConfig(32, RouterConfig(4, 2), 16, kind=kind))
         x = torch.randn(2, 7, 16, requires_grad=True)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             out, routing = moe(x)
@@ -345,7 +349,7 @@ def test_gradients_of_routing_weights_add_up_in_fp32():
 
 
 def test_the_precision_of_products_is_that_of_autocast():
-    weight, moe = torch.zeros(2, 2), MoE(16, ExpertsConfig(16, 2, 1))
+    weight, moe = torch.zeros(2, 2), MoE(16, ExpertsConfig(16, RouterConfig(2, 1)))
     moe.init_weights()
     assert kernels.compute_dtype(weight) == torch.float32 and moe(torch.randn(3, 16))[0].dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
@@ -361,7 +365,7 @@ def test_compiled_sums_are_not_widened_by_autocast(monkeypatch):
 
 def test_widths_of_initial_weights():
     """Xavier's bound of each projection on its own, Kaiming's of the gate: sqrt(6 / (in + out)), 1 / sqrt(in)."""
-    moe = MoE(64, ExpertsConfig(128, 4, 2, shared_width=256))
+    moe = MoE(64, ExpertsConfig(128, RouterConfig(4, 2), shared_width=256))
     model = build_model("DiT-Nano/2", num_experts=4)
     moe.init_weights()
     shared = model.blocks[0].moe.shared_experts
@@ -375,6 +379,6 @@ def test_widths_of_initial_weights():
 
 
 def test_entropy_of_one_expert_is_none():
-    moe = MoE(16, ExpertsConfig(16, 1, 1))
+    moe = MoE(16, ExpertsConfig(16, RouterConfig(1, 1)))
     moe.init_weights()
     assert router_entropy([moe(torch.randn(5, 16))[1]]).tolist() == [0]

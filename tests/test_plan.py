@@ -23,7 +23,7 @@ from analysis.plan import PRECISIONS, STRATEGIES, Precision, activations, flops,
 from cli import UsageError
 from configuration import build_config
 from models import CHECKPOINTING, DiT
-from moe import load_balancing_loss
+from routers import load_balancing_loss
 
 PUBLISHED = [  # COMPAT: experts, total, activated, forward GMAC of linear layers, with attention products
     ("DiT-S/2", 8, 199_307_552, 71_905_568, "15.43", "16.03"),

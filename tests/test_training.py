@@ -31,8 +31,8 @@ from configuration import build_config
 from diffusion import RectifiedFlow
 from distributed import Processes
 from models import build_model
-from moe import load_balancing_loss
 from optim import EMA, lr_factor, parameter_groups
+from routers import load_balancing_loss
 
 TINY = ["--model", "DiT-Nano/2", "--num_experts", "4", "--vae-path", "none", "--image-size", "8", "--num-classes", "4"]
 TINY += ["--rf", "--num-workers", "0", "--device", "cpu", "--lr", "1e-3", "--ema-decay", "0.9"]

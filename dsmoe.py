@@ -1,0 +1,46 @@
+"""DSMoE: DeepSeek's router (sigmoid scores, groups, a bias that follows the load), a shared expert; sizes, names."""
+
+import re
+
+from names import NameMap, rule
+
+COMMON = {
+    **{"patch_size": 2, "num_experts_per_tok": 2, "num_shared_experts": 1, "moe_layers": "every-2", "mlp": "silu"},
+    **{"router": "sigmoid", "router_bias": True, "router_groups": 2, "router_kept_groups": 2, "norm_topk_prob": True},
+    **{"routed_scaling_factor": 2.0, "positions": "rope2d-half"},
+}
+QK_NORM = "head"
+EXPERTS_ARE_MLPS = False
+TRAINING: dict = {}
+TEXTS: dict = {}
+FACTS = ("router", "router_groups", "router_kept_groups", "norm_topk_prob", "routed_scaling_factor", "positions", "mlp")
+# Of its files, where flags say nothing else.
+KNOWN = {name: COMMON[name] for name in (*FACTS, "num_experts_per_tok", "num_shared_experts")}
+MARK = re.compile(r"blocks\.\d+\.mlp\.gate\.e_score_correction_bias")
+
+NAMES = NAMES_WRITTEN = NameMap(
+    rule("blocks.{b}.moe.gate.weight", "blocks.{b}.mlp.gate.weight"),
+    rule("blocks.{b}.moe.gate.bias", "blocks.{b}.mlp.gate.e_score_correction_bias"),
+    rule(
+        "blocks.{b}.moe.experts.gate_up_proj",
+        *(f"blocks.{{b}}.mlp.experts.blocks.{{e}}.{kind}_proj.weight" for kind in ("gate", "up")),
+    ),
+    rule("blocks.{b}.moe.experts.down_proj", "blocks.{b}.mlp.experts.blocks.{e}.down_proj.weight"),
+    rule(
+        "blocks.{b}.moe.shared_experts.gate_up_proj.weight",
+        *(f"blocks.{{b}}.mlp.shared_experts.{kind}_proj.weight" for kind in ("gate", "up")),
+    ),
+    rule("blocks.{b}.moe.shared_experts.down_proj.weight", "blocks.{b}.mlp.shared_experts.down_proj.weight"),
+)
+ROWS: dict = {}
+
+
+def spells(config) -> bool:
+    """Whether a model has nothing that these names have no word for."""
+    parts = (config.expert_mlp, config.mlp, config.positions, config.norm, config.shared_mlp, config.router_bias)
+    return (
+        config.num_experts > 0
+        and config.router == "sigmoid"
+        and parts == ("swiglu", "silu", "rope2d-half", "layer", "swiglu", True)
+        and not config.caption_width
+    )
