@@ -398,7 +398,8 @@ class Weights:
         if self.record is not None:
             return self.record["objective"]
         name = self._betrayed_objective()
-        return {} if name is None else {"name": name}
+        usual = getattr(family_of(self.tensors), "OBJECTIVE", {})
+        return usual if name in (None, usual.get("name")) else {"name": name}
 
     def _betrayed_objective(self) -> str | None:
         if not self.config.learn_sigma:
@@ -507,8 +508,11 @@ def _load_parts(paths: list[Path]) -> dict[str, Tensor]:
 
 
 def _state_dict_in(loaded: dict, which: str) -> dict[str, Tensor]:
-    """The weights within a training checkpoint: those of DiT, PixArt or DeepSpeed (`module`), or all that it holds."""
-    names = {"ema": ("ema", "state_dict_ema"), "model": ("model", "state_dict")}
+    """The weights within a checkpoint of a training: of DiT, PixArt, ProMoE, DeepSpeed (`module`), or all it holds."""
+    names = {
+        "ema": ("ema", "state_dict_ema", "ema_model_state_dict"),
+        "model": ("model", "state_dict", "model_state_dict"),
+    }
     keys = (*names.get(which, ()), *names["ema"], *names["model"], "module")
     inner = next((loaded[key] for key in keys if isinstance(loaded.get(key), dict)), loaded)
     return {name: value for name, value in inner.items() if isinstance(value, Tensor)}

@@ -16,11 +16,16 @@ def _size(name: str) -> dict:
     return {"depth": depth, "hidden_size": width, "num_heads": heads, **COMMON}
 
 
-ROWS = {f"DiffMoE-{name}/2": _size(name) | {"router": "batch-pool", "num_experts": 8} for name in ("S", "B", "L", "XL")}
+EXPERTS = {"S": 16, "B": 8, "L": 8, "XL": 8}  # as published
+ROWS = {
+    f"DiffMoE-{name}/2": _size(name) | {"router": "batch-pool", "num_experts": experts}
+    for name, experts in EXPERTS.items()
+}
 ROWS |= {"EC-DiT-L/2": _size("L") | {"router": "expert-choice", "num_experts": 8}}
 QK_NORM = "head"
 EXPERTS_ARE_MLPS = False
-TRAINING: dict = {}
+TRAINING = {"rf": True, "time_scale": 1000.0}  # flags of train.py whose defaults are others
+OBJECTIVE = {"name": "rf", "time_scale": 1000.0}
 TEXTS: dict = {}
 KNOWN = {"router": "expert-choice", "num_experts_per_tok": 1}  # of files without a predictor
 MARK = re.compile(r"blocks\.\d+\.mlp\.gate_weight")

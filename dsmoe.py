@@ -4,14 +4,22 @@ import re
 
 from names import NameMap, rule
 
+SIZES = {  # depth, hidden size, heads, width of an expert over that
+    "S": (10, 384, 6, 2.0),
+    "B": (10, 768, 12, 2.0),
+    "L": (20, 1024, 16, 2.0),
+    "3B": (30, 1152, 16, 2.5),
+}
 COMMON = {
+    "num_experts": 16,
     **{"patch_size": 2, "num_experts_per_tok": 2, "num_shared_experts": 1, "moe_layers": "every-2", "mlp": "silu"},
     **{"router": "sigmoid", "router_bias": True, "router_groups": 2, "router_kept_groups": 2, "norm_topk_prob": True},
     **{"routed_scaling_factor": 2.0, "positions": "rope2d-half"},
 }
 QK_NORM = "head"
 EXPERTS_ARE_MLPS = False
-TRAINING: dict = {}
+TRAINING = {"rf": True, "time_scale": 1000.0}  # flags of train.py whose defaults are others
+OBJECTIVE = {"name": "rf", "time_scale": 1000.0}
 TEXTS: dict = {}
 FACTS = ("router", "router_groups", "router_kept_groups", "norm_topk_prob", "routed_scaling_factor", "positions", "mlp")
 # Of its files, where flags say nothing else.
@@ -32,7 +40,11 @@ NAMES = NAMES_WRITTEN = NameMap(
     ),
     rule("blocks.{b}.moe.shared_experts.down_proj.weight", "blocks.{b}.mlp.shared_experts.down_proj.weight"),
 )
-ROWS: dict = {}
+ROWS = {
+    f"DSMoE-{size}/2": COMMON
+    | {"depth": depth, "hidden_size": width, "num_heads": heads, "expert_ratio": ratio, "shared_expert_ratio": ratio}
+    for size, (depth, width, heads, ratio) in SIZES.items()
+}
 
 
 def spells(config) -> bool:

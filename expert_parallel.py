@@ -92,8 +92,8 @@ def check_expert_parallel(over: int, processes: int, data_parallel: str, config:
         return
     if data_parallel not in ("sdp", "fsdp"):
         raise UsageError(f"--expert-parallel {over} goes with --data-parallel fsdp or sdp, not with {data_parallel}")
-    if not config.num_experts or config.num_experts % over:
-        raise UsageError(f"--expert-parallel {over} must divide the number of experts, {config.num_experts}")
+    if not config.num_experts or config.expert_count % over:
+        raise UsageError(f"--expert-parallel {over} must divide the number of experts, {config.expert_count}")
     if processes % over:
         raise UsageError(f"--expert-parallel {over} must divide the number of processes, {processes}")
     groups, width = processes // over, config.expert_width

@@ -8,6 +8,7 @@ What a family's module has:
     QK_NORM          which one its published models have, where they have one
     EXPERTS_ARE_MLPS whether an expert is as wide as the feed-forward, where no flag says how wide
     TRAINING         flags of train.py whose defaults are others
+    OBJECTIVE        what its files were trained with, where they do not tell
     KNOWN            fields of `DiTConfig` that its files have and do not tell, where flags say nothing else
     TEXTS            fields of `DiTConfig` that its rows have when they read texts
     find_folder, read_folder, known, description    where its checkpoints are folders, and what these tell

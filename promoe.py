@@ -21,7 +21,8 @@ ROWS = {
 }
 QK_NORM = "head"
 EXPERTS_ARE_MLPS = False
-TRAINING: dict = {}
+TRAINING = {"rf": True, "time_scale": 1000.0}  # flags of train.py whose defaults are others
+OBJECTIVE = {"name": "rf", "time_scale": 1000.0}
 TEXTS: dict = {}
 # Of its files, where flags say nothing else.
 KNOWN = {"router": "prototypes", "num_experts_per_tok": 1, "num_shared_experts": 1}

@@ -1,13 +1,18 @@
 """Every router of the field: against its public code, against a loop over tokens, and by the same scripts."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import Golden
+from conftest import Golden, script, traces_fp32
+from test_training import assert_same_state
 
+import checkpoint
 import families
-from configuration import DiTConfig, infer_config
-from models import DiT
-from routers import ROUTERS
+from configuration import DiTConfig, build_config, infer_config
+from models import DiT, count_parameters
+from routers import ROUTERS, Where
 
 SMALL = dict(depth=2, hidden_size=32, num_heads=2, input_size=8, patch_size=2, moe_layers="1", num_experts=4)
 PUBLIC = {  # golden file: fields of the model
@@ -101,6 +106,42 @@ def test_published_names_are_read_and_written(name):
     assert infer_config(shapes, **known).to_dict() == model.config.to_dict()
 
 
+PUBLISHED = {  # row: millions of parameters that a token uses, as its authors say; and of all, counted by hand below
+    **{"DSMoE-S/2": 33, "DSMoE-B/2": 132, "DSMoE-L/2": 465, "DSMoE-3B/2": 965, "DiffMoE-S/2": 32},
+    **{"DiffMoE-B/2": 130, "DiffMoE-L/2": 458, "DiffMoE-XL/2": None, "EC-DiT-L/2": None},
+    **{"ProMoE-S/2": None, "ProMoE-B/2": None, "ProMoE-L/2": None, "ProMoE-XL/2": None},
+}
+
+
+def by_hand(c: DiTConfig) -> int:
+    """From the configuration: embeddings, attention, modulations, dense and sparse feed-forwards, routers."""
+    D, half = c.hidden_size, c.depth // 2
+    ends = 16 * D + D + 256 * D + D + D * D + D + 1001 * D + 2 * (D * D + D) + 32 * D + 32
+    ends += 256 * D if c.positions == "sincos" else 0  # the table
+    block = 4 * (D * D + D) + 6 * (D * D + D)
+    dense = 8 * D * D + 5 * D
+
+    def perceptron(width: int, kind: str) -> int:
+        return 3 * D * width if kind == "swiglu" else 2 * D * width + width + D
+
+    sparse = c.expert_count * perceptron(c.expert_width, c.expert_mlp) + c.num_experts * D
+    sparse += perceptron(c.shared_width, c.shared_mlp) if c.num_shared_experts else 0
+    sparse += c.num_experts if c.router_bias else 0
+    if c.router == "batch-pool":
+        sparse += D * D + D + c.num_experts * D + c.num_experts + c.num_experts + 1
+    return ends + c.depth * block + (c.depth - half) * dense + half * sparse
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_published_sizes(row):
+    with torch.device("meta"):
+        model = DiT(build_config(row))
+    total, activated = count_parameters(model)
+    assert total == by_hand(model.config)
+    if PUBLISHED[row] is not None:
+        assert 0 <= activated / 1e6 / PUBLISHED[row] - 1 < 0.07  # they leave something out: labels, the predictor
+
+
 def options(kind: str, **more) -> dict:
     return SMALL | dict(router=kind, num_experts_per_tok=2, expert_ratio=1.0, moe_layers="all") | more
 
@@ -155,3 +196,149 @@ def test_the_fast_path_is_the_sum_over_chosen_experts(kind, training):
 
 def moe_count(moe) -> int:
     return moe.gate.config.experts + moe.gate.extra_experts
+
+
+# -------------------------------------------------------------------------------------------------- by the same scripts
+
+NANO = ["--model", "DiT-Nano/2", "--depth", 2, "--num_experts", 4, "--expert-ratio", 1, "--moe-layers", "every-2"]
+NANO += ["--vae-path", "none", "--image-size", 8, "--num-classes", 4, "--flip", "False", "--num-workers", 0]
+NANO += ["--device", "cpu", "--log-every", 1, "--global-batch-size", 8, "--lr", 1e-2, "--rf", "--time-scale", 1000]
+ONE_CURVE = [kind for kind in ROUTERS if kind != "batch-pool"]  # whose pool is the images of a process
+
+
+def train(images, name: str, *flags, script_name: str = "train.py", **options) -> Path:
+    where = ["--data-path", images, "--results-dir", images.parent / name]
+    script(script_name, *where, *NANO, *flags, **options)
+    return next((images.parent / name).iterdir())
+
+
+def logged(run, *names) -> list[list[float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [[line[name] for name in names if name in line] for line in lines]
+
+
+def test_every_router_trains_resumes_and_is_sampled(images):
+    """To the bit after a resume, buffers included; prototypes and pools tell their own losses."""
+    for kind in ROUTERS:
+        flags = ["--router", kind, "--ckpt-every", 2]
+        flags += ["--balance", "aux", "z", "bias", "--router-groups", 2] if kind == "sigmoid" else []
+        whole = train(images, f"{kind}-whole", *flags, "--max-steps", 4)
+        copy = images.parent / kind / "000-copy" / "checkpoints"
+        copy.mkdir(parents=True)
+        (copy / "0000002").symlink_to(whole / "checkpoints" / "0000002")
+        resumed = train(images, kind, *flags, "--max-steps", 4, "--resume", copy.parent)
+        assert_same_state(whole, resumed)
+        found = {name for line in logged(whole) for name in line} | set(
+            json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
+        )
+        own = {"batch-pool": "capacity_loss", "sigmoid": "z_loss"}.get(kind, "balance_loss")
+        assert ("contrastive_loss" if kind.startswith("prototypes") else own) in found
+        draw = ["sample.py", "--ckpt", whole, "--num-sampling-steps", 2, "--class-labels", 1, 2, "--cfg-scale", 2]
+        script(*draw, "--device", "cpu", "--output", images.parent / f"{kind}-images")
+        if kind == "batch-pool":
+            tensors = checkpoint.read_tensors(whole / "checkpoints" / "0000004", "model")
+            assert tensors["blocks.1.moe.gate.expert_threshold"].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ONE_CURVE)
+def test_one_curve_by_every_engine(kind, images):
+    """Experts over two processes; ZeRO-2; blocks computed again. The bias follows the tokens of all.
+
+    The contrastive loss is of the tokens of a process, as published: there a curve begins alike, and stays near.
+    """
+    flags = ["--router", kind, "--max-steps", 3]
+    flags += ["--balance", "bias", "sequence", "--router-groups", 2] if kind == "sigmoid" else []
+    dealt_over, tolerance = (1, 0.02) if kind.startswith("prototypes") else (2, 1e-4)
+    one = train(images, "one", *flags, "--activation-checkpointing")
+    sharded = ["--data-parallel", "fsdp", "--expert-parallel", dealt_over]
+    two = train(images, "two", *flags, *sharded, processes=2)
+    config, zero = Path(__file__).parent.parent / "config" / "zero2.json", {"script_name": "train_deepspeed.py"}
+    zero = train(images, "zero", *flags, "--deepspeed_config", config, "--precision", "fp32", processes=2, **zero)
+    expected = logged(one, "loss", "balance_loss")
+    for run in (two, zero):
+        found = logged(run, "loss", "balance_loss")
+        assert found[0] == pytest.approx(expected[0], rel=1e-5 if kind not in PER_PROCESS else 0.15)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours[0] == pytest.approx(theirs[0], rel=tolerance)
+    if kind == "sigmoid":
+        of_runs = (checkpoint.load_weights(run).state_dict["blocks.1.moe.gate.bias"] for run in (one, two, zero))
+        first, *others = of_runs
+        assert first.any() and all(torch.equal(first, other.float()) for other in others)
+
+
+PER_PROCESS = ("prototypes", "prototypes-expert-choice")  # their balance loss is no mean: most tokens of one image
+
+
+REFUSED = {
+    "groups": (["--router-groups", 3], "router_groups 3 must divide num_experts 4"),
+    "few experts in groups": (["--router-groups", 4], "num_experts_per_tok 2: of 1 groups a token sees 1"),
+    "groups of another router": (
+        ["--router", "expert-choice", "--router-groups", 2],
+        "is of routers softmax and sigmoid",
+    ),
+    "a scale of another router": (["--router", "prototypes", "--norm-topk-prob"], "weighs experts as they are"),
+    "bias of another router": (
+        ["--router", "expert-choice", "--balance", "bias"],
+        "router_bias True is of routers softmax",
+    ),
+    "none and more": (["--balance", "none", "aux"], "none and another one contradict each other"),
+    "no such router": (["--router", "switch"], "invalid choice: 'switch'"),
+    "z without logits": (["--router", "prototypes", "--balance", "z"], "--balance z is of routers with logits"),
+    "a pool of one": (["--router", "batch-pool", "--accum_iter", 8], "competes over the images of a process"),
+    "a factor of nothing": (["--z-loss-alpha", 0.1], "--z-loss-alpha does nothing without --balance z"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_routers_that_do_not_fit_are_one_line(case, images):
+    flags, message = REFUSED[case]
+    error = script(
+        *("train.py", "--data-path", images, "--results-dir", images.parent / "no", *NANO, *flags), check=2
+    ).stderr
+    assert message in error and "Traceback" not in error and not (images.parent / "no").exists()
+
+
+def test_a_bias_evens_out_a_collapsed_load():
+    """Of a router that prefers two experts for every token: in some hundred steps all of them work."""
+    moe = randomized(DiTConfig(**options("sigmoid", router_bias=True))).blocks[0].moe
+    with torch.no_grad():
+        moe.gate.weight.mul_(0.1)
+        moe.gate.weight[:2, 0] += 3
+    generator = torch.Generator().manual_seed(0)
+    loads = []
+    for _ in range(1500):
+        x = torch.randn(4, 16, 32, generator=generator) * 0.3
+        x[..., 0] = 1
+        with torch.no_grad():
+            counts = moe.gate(x.flatten(0, 1), Where(4)).tokens_per_expert
+        loads.append(counts.max().item() / counts.float().mean().item())
+        moe.gate.after_step(counts, None)
+    assert loads[0] == 2.0 and sum(loads[-100:]) / 100 < 1.5
+
+
+def test_dead_experts_are_reported_once(images):
+    """Of prototypes, the expert for unconditional images when no label is dropped."""
+    run = train(
+        images, "dead", "--router", "prototypes", "--class-dropout-prob", 1e-9, "--max-steps", 5, "--dead-after", 3
+    )
+    lines = [line for line in (run / "log.txt").read_text().splitlines() if "had no token in 3 steps" in line]
+    assert len(lines) == 1 and "expert 4 of block 1" in lines[0]
+
+
+@pytest.mark.slow
+@traces_fp32
+@pytest.mark.parametrize("kind", ["sigmoid", "expert-choice", "batch-pool", "prototypes-expert-choice"])
+def test_compiled_without_a_break(kind):
+    config = DiTConfig(**options(kind))
+    models = [randomized(config).train() for _ in range(2)]
+    models[1].compile_blocks(fullgraph=True)
+    x, t, y = torch.randn(4, 4, 8, 8), torch.linspace(0, 999, 4), torch.tensor([1, 1000, 2, 3])
+    outs = [model(x, t, y, return_routing=True) for model in models]
+    torch.testing.assert_close(outs[1][0], outs[0][0], rtol=1e-3, atol=1e-3)
+    for out, routings in outs:
+        (out.square().mean() + sum(sum(routing.losses.values()) for routing in routings)).backward()
+    for (name, ours), theirs in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
+        if theirs.grad is not None:
+            scale = theirs.grad.abs().max().clamp(min=1e-3)
+            assert (ours.grad - theirs.grad).abs().max() < 5e-3 * scale, name
