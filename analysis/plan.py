@@ -11,7 +11,7 @@ FLOPs equal FlopCounterMode's, and activations are the tensors that autograd sav
 (`tests/test_plan.py` measures them); times are lower bounds. GB is 1e9 bytes, TFLOP 1e12 operations, of which a
 multiply-add is two. Not counted: the autoencoder that encodes images while training (0.3 GB), what the CUDA context,
 NCCL and fragmentation take (a card holds some 6 % more than its datasheet's GB of 1e9 bytes, which is meant for them),
-and uneven expert parallelism.
+uneven expert parallelism, and losses that a router brings along. Activations are those of routers by softmax.
 """
 
 import bisect
@@ -167,7 +167,8 @@ def flops(config: DiTConfig) -> Flops:
 
     attention = depth * 2 * T * T * D  # multiply-adds, from here on
     projections = depth * (T * D * (2 * D + 2 * kv_width(config)) + 6 * D * c)  # q, out, k, v; modulation
-    sparse = moe * T * D * (E + K * MATRICES[config.expert_mlp] * F + 3 * S)
+    router = E + (D + E if config.router == "batch-pool" else 0)  # with its predictor
+    sparse = moe * T * D * (router + K * MATRICES[config.expert_mlp] * F + MATRICES[config.shared_mlp] * S)
     dense = (depth - moe) * T * D * MATRICES[config.mlp] * W
     first = T * D * patch * config.in_channels + 256 * c  # patch and time embedding, whose inputs need no gradient
     rest = c * c + 2 * D * c + T * D * patch * config.out_channels  # time embedding; final layer
@@ -178,7 +179,7 @@ def flops(config: DiTConfig) -> Flops:
     return Flops(*(2 * count for count in counts))
 
 
-MATRICES = {"swiglu": 3, "gelu": 2}  # of a feed-forward, dense or an expert
+MATRICES = {"swiglu": 3, "gelu": 2, "silu": 2}  # of a feed-forward, dense or an expert
 
 
 def tokens_per_image(config: DiTConfig) -> int:

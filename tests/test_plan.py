@@ -116,6 +116,22 @@ def counted_flops(config, batch: int, backward: bool, checkpointed: bool = False
 
 
 @traces_fp32
+@pytest.mark.parametrize("row", ["DSMoE-S/2", "DiffMoE-S/2", "EC-DiT-L/2", "ProMoE-S/2"])
+def test_flops_of_other_routers_are_those_counted(row):
+    """Forward; every expert is given what it can take, as capacities are rounded down."""
+    config = build_config(row, depth=2, input_size=32, num_experts=8)
+    assert counted_flops(config, 2, backward=False) == flops(config).forward + contrastive(config)
+
+
+def contrastive(config) -> int:
+    """Of prototypes in training: means of tokens, and of these the cosines with centres; for one of two images."""
+    if config.router != "prototypes":
+        return 0
+    experts, width = config.num_experts, config.hidden_size
+    return 2 * experts * width * planner.tokens_per_image(config) + 2 * experts**2 * width // 2
+
+
+@traces_fp32
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_flops_are_those_counted(variant):
     config = config_of(variant)
@@ -163,7 +179,7 @@ def saved_bytes(module, forward) -> tuple[int, int]:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         routings = forward()
     for routing in routings:
-        for tensor in routing:
+        for tensor in (each for each in routing if isinstance(each, torch.Tensor)):
             note(tensor)
     activations = sum(storage.nbytes() for storage, is_copy in seen.values() if not is_copy)
     return activations, sum(storage.nbytes() for storage, is_copy in seen.values() if is_copy)
