@@ -39,7 +39,7 @@ from typing_extensions import TypedDict
 from cli import UsageError
 from conditions import Captions, Classes
 from configuration import DiTConfig, infer_config, row_name, usual_heads
-from families import FAMILIES, family_of, from_published
+from families import FAMILIES, family_of, from_published, known_of
 from files import UNFINISHED, digest, digest_of, flush_to_disk, write_json
 from models import DiT
 from records import BadRecord, Name, OtherVersion, check_record, parse_record, read_record
@@ -456,7 +456,7 @@ def load_weights(path: str | Path, which: str = "ema", **known) -> Weights:
     if record is not None:
         config = DiTConfig.from_dict(record["model"])
     else:
-        known = getattr(family_of(tensors), "KNOWN", {}) | known
+        known = known_of(tensors) | known
         config = infer_config({name: tuple(tensor.shape) for name, tensor in meta.items()}, **known)
     if told:
         record = {"format": FORMAT, "model": config.to_dict()} | family.description(told)

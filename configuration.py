@@ -519,6 +519,10 @@ def config_said(args: argparse.Namespace, usual: str = "DiT-S/2") -> DiTConfig:
 # ---------------------------------------------------------------------------------------------------------- from files
 
 # Fields of DiTConfig that change the function and no shape: of a file that does not describe itself, a flag must tell.
+ROUTER_FIELDS = {  # of a router, and what they are where nothing is said
+    **{"router": "softmax", "router_groups": 1, "router_kept_groups": 1, "router_bias": False},
+    **{"norm_topk_prob": False, "routed_scaling_factor": 1.0},
+}
 ROUTING_FIELDS = (
     *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor"),
     *("router", "router_groups", "router_kept_groups"),

@@ -27,7 +27,14 @@ EXPERTS_ARE_MLPS = False
 TRAINING = {"rf": True, "time_scale": 1000.0}  # flags of train.py whose defaults are others
 OBJECTIVE = {"name": "rf", "time_scale": 1000.0}
 TEXTS: dict = {}
-KNOWN = {"router": "expert-choice", "num_experts_per_tok": 1}  # of files without a predictor
+
+
+def KNOWN(names: list[str]) -> dict:
+    """Files without a predictor are EC-DiT's."""
+    pooled = any(".capacity_predictor." in name for name in names)
+    return {"router": "batch-pool" if pooled else "expert-choice", "num_experts_per_tok": 1}
+
+
 MARK = re.compile(r"blocks\.\d+\.mlp\.gate_weight")
 
 NAMES = NAMES_WRITTEN = NameMap(

@@ -9,7 +9,7 @@ What a family's module has:
     EXPERTS_ARE_MLPS whether an expert is as wide as the feed-forward, where no flag says how wide
     TRAINING         flags of train.py whose defaults are others
     OBJECTIVE        what its files were trained with, where they do not tell
-    KNOWN            fields of `DiTConfig` that its files have and do not tell, where flags say nothing else
+    KNOWN            fields of `DiTConfig` that its files have and shapes do not tell, or what makes them of names
     TEXTS            fields of `DiTConfig` that its rows have when they read texts
     find_folder, read_folder, known, description    where its checkpoints are folders, and what these tell
     write_folder                                    and how such a folder is written
@@ -38,6 +38,13 @@ def family_of(names: Iterable[str]):
     """Of the tensors of a file."""
     plain = [without_wrappers(name) for name in names]
     return next(family for family in FAMILIES if any(family.MARK.fullmatch(name) for name in plain) or family is dit)
+
+
+def known_of(names: Iterable[str]) -> dict:
+    """What the names of a file say of its model, beside what shapes do: `KNOWN` of its family."""
+    names = list(names)
+    facts = getattr(family_of(names), "KNOWN", {})
+    return facts(names) if callable(facts) else facts
 
 
 def family_for(config):

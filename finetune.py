@@ -83,7 +83,26 @@ def fit(weights: checkpoint.Weights, config: DiTConfig, classes: Classes, fresh_
             f"--init-from {weights.source}: {'; '.join(different)}: its {' and '.join(ENDS)} do not fit; "
             f"--fresh-parts begins these anew"
         )
-    return Start(weights, _rows(theirs, before, config, classes), ENDS if different else ())
+    return Start(
+        weights, _rows(theirs, before, config, classes), (*(ENDS if different else ()), *_gates(weights, config))
+    )
+
+
+def _gates(weights: checkpoint.Weights, config: DiTConfig) -> tuple[str, ...]:
+    """What routers have of their own, there or here, and not both.
+
+    Raises:
+        UsageError: one of them has more experts.
+    """
+    if weights.config.expert_count != config.expert_count:
+        there, here = weights.config, config
+        raise UsageError(
+            f"--init-from {weights.source}: router {there.router} has {there.expert_count} experts, {here.router} "
+            f"{here.expert_count}: experts cannot be taken over"
+        )
+    with torch.device("meta"):
+        ours = {name for name in DiT(config).state_dict() if ".moe.gate." in name}
+    return tuple(sorted(ours ^ {name for name in weights.meta if ".moe.gate." in name}))
 
 
 def _rows(theirs: DiTConfig, before: Classes, config: DiTConfig, classes: Classes) -> list[int | None] | None:

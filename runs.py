@@ -45,6 +45,7 @@ from conditions import Captions, Classes
 from configuration import (
     MODEL_FLAGS,
     MUP_FIELDS,
+    ROUTER_FIELDS,
     DiTConfig,
     add_model_arguments,
     build_config,
@@ -574,9 +575,12 @@ def choose_model(args, weights: checkpoint.Weights | None) -> DiTConfig:
     free = {"num_classes": given.pop("num_classes", config.num_classes)}
     free["class_dropout_prob"] = given.pop("class_dropout_prob", config.class_dropout_prob)
     if args.model is not None:
-        given |= {key: getattr(build_config(args.model), key) for key in DiT_models[args.model]}
+        row = build_config(args.model)
+        given = {key: getattr(row, key) for key in DiT_models[args.model]} | given
     if args.fresh_parts:
         free["patch_size"] = given.pop("patch_size", config.patch_size)
+    if "router" in given:  # another one begins with the parameters that both have
+        free |= {name: given.pop(name, usual) for name, usual in ROUTER_FIELDS.items()}
     for name, value in given.items():
         if isinstance(value, bool) and name == "qk_norm":  # of whichever kind
             same = value == (config.qk_norm != "none")

@@ -66,6 +66,12 @@ def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
     parser.add_switch(group, "--norm-topk-prob", None, "routing weights of a token are divided by their sum")
     group.add_argument("--routed-scaling-factor", type=number_in(1e-6, 1e6), help="then multiplied by this")
     add_router_arguments(group)
+    parser.add_switch(
+        group,
+        "--published-pool",
+        False,
+        "of router batch-pool, as published: an image depends on the others of its batch",
+    )
     add_objective_arguments(parser, group, training=False)
     group.add_argument("--vae-path", "--vae", help="autoencoder: folder, hub name, mse, ema, or none for pixel space")
     add_root_arguments(group)
@@ -441,6 +447,8 @@ class Loaded:
     def _beside_the_weights(self) -> dict:
         """What changes the function, where it is not as usual: sets of images of before do not name it."""
         usual = {field.name: field.default for field in fields(DiTConfig)}
+        if any(getattr(block.moe.gate, "published_pool", False) for block in self.model.blocks if block.is_moe):
+            usual["router"] = None  # it is not a matter of an image alone
         return {name: value for name, value in unseen(self.model.config).items() if value != usual[name]}
 
     def _of_texts(self) -> dict:
@@ -492,6 +500,11 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
     settings = Settings.from_args(args, objective, weights.config.in_channels)
     check_settings(weights.config, objective, settings)
 
+    pooled = weights.config.num_experts > 0 and weights.config.router == "batch-pool"
+    if args.published_pool and not pooled:
+        raise UsageError(f"--published-pool: {weights.source} has no router batch-pool")
+    if pooled and (args.compile or args.cuda_graph):
+        raise UsageError("router batch-pool asks the host how many tokens there are: no --compile, no --cuda-graph")
     if args.cuda_graph and (device.type != "cuda" or dtype != torch.bfloat16):
         raise UsageError("--cuda-graph needs a GPU and --precision bf16")
     check_attention(args.attention, device, dtype, weights.config.hidden_size // weights.config.num_heads)
@@ -499,6 +512,9 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
         check_compile(weights.config, dtype)
     model = weights.build(device, dtype)
     model.set_attention(args.attention)
+    for block in model.blocks if args.published_pool else ():
+        if block.is_moe:
+            block.moe.gate.published_pool = True
     if args.compile:
         model.compile_blocks()
     model.eval().requires_grad_(False)

@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import Golden, script, traces_fp32
+from conftest import Golden, read_json, script, traces_fp32
 from test_training import assert_same_state
 
 import checkpoint
 import families
+from analysis.routing import RoutingData
 from configuration import DiTConfig, build_config, infer_config
 from models import DiT, count_parameters
 from routers import ROUTERS, Where
@@ -102,7 +104,7 @@ def test_published_names_are_read_and_written(name):
     written = families.to_published(model.state_dict(), config=model.config)
     assert written.keys() == theirs.keys() and all(torch.equal(written[key], theirs[key]) for key in theirs)
     shapes = {key: tuple(value.shape) for key, value in families.from_published(theirs).items()}
-    known = family.KNOWN | {"num_heads": 2, "input_size": 8, "router": model.config.router}
+    known = families.known_of(theirs) | {"num_heads": 2, "input_size": 8, "router": model.config.router}
     assert infer_config(shapes, **known).to_dict() == model.config.to_dict()
 
 
@@ -342,3 +344,58 @@ def test_compiled_without_a_break(kind):
         if theirs.grad is not None:
             scale = theirs.grad.abs().max().clamp(min=1e-3)
             assert (ours.grad - theirs.grad).abs().max() < 5e-3 * scale, name
+
+
+def test_a_run_goes_on_with_another_router(images):
+    """What both have is taken; what is new is said; one with more experts is refused."""
+    first = train(images, "first", "--max-steps", 1)
+    flags = ["--init-from", first, "--balance", "aux", "bias", "--router", "sigmoid", "--norm-topk-prob"]
+    flags += ["--max-steps", 1]
+    where = ["--data-path", images, "--results-dir", images.parent / "second", *NANO]
+    script("train.py", *where, *flags)
+    second = next((images.parent / "second").iterdir())
+    assert "blocks.1.moe.gate.bias" in (second / "log.txt").read_text()
+    model = read_json(second / "checkpoints" / "0000001", "config")["model"]
+    assert (model["router"], model["router_bias"], model["norm_topk_prob"]) == ("sigmoid", True, True)
+    error = script("train.py", *where, "--init-from", first, "--router", "prototypes", check=2).stderr
+    assert "router softmax has 4 experts, prototypes 5: experts cannot be taken over" in error
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_published_files_are_taken_as_they_are(name, tmp_path):
+    """With the objective that they were trained with; another rule of the same parameters by a flag."""
+    golden, _ = load(name)
+    theirs = golden.part("model.")
+    zeros = {key: torch.zeros_like(value) for key, value in theirs.items()}
+    keys = ("model_state_dict", "ema_model_state_dict") if "promoe" in name else ("model", "ema")
+    torch.save(dict(zip(keys, (zeros, theirs), strict=True)) | {"step": 5}, tmp_path / "x.pth")
+    known = {"num_heads": 2, "input_size": 8}
+    if name == "router_promoe_ec":
+        known["router"] = "prototypes-expert-choice"
+    weights = checkpoint.load_weights(tmp_path / "x.pth", **known)
+    inputs = [golden[f"in.{key}"][:1] for key in ("x", "t", "y")]
+    with torch.no_grad():
+        built = weights.build().eval()
+        if name == "router_diffmoe":
+            built.blocks[1].moe.gate.published_pool = True
+        torch.testing.assert_close(built(*inputs), golden["out.eval_first_alone"], rtol=0, atol=1e-5)
+    assert weights.objective in ({"name": "rf", "time_scale": 1000.0}, {"name": "ddpm"})
+
+
+@pytest.mark.parametrize("kind", ["expert-choice", "batch-pool", "prototypes"])
+def test_their_choices_are_analysed(kind, images, tmp_path):
+    """Every assignment is counted, of any number for a token; with maps and a page."""
+    run = train(images, kind, "--router", kind, "--max-steps", 1)
+    path = tmp_path / "routing.npz"
+    draw = ["--device", "cpu", "--num-sampling-steps", 2, "--images-per-class", 1, "--cfg-scale", 2, "--output", path]
+    script("analysis/expert_data.py", "--ckpt", run, *draw)
+    data = RoutingData.load(path)
+    experts = 4 + (kind == "prototypes")
+    assert data["step_counts"].shape[-1] == experts
+    assert np.allclose(data["step_probs"].astype(float).sum(axis=-1), 1, atol=2e-2)
+    if kind == "expert-choice":
+        assert (data["step_counts"] == 4 * 8).all()  # 4 images of 16 tokens, 2 of 4 experts each
+    if kind == "prototypes":
+        assert (data["step_counts"][1, ..., :4] == 0).all() and (data["step_counts"][0, ..., 4] == 0).all()
+    assert "by-class" in script("analysis/heatmaps.py", path, "--formats", "png", "--dpi", 40).stdout
+    script("analysis/report.py", path)
