@@ -14,11 +14,34 @@ from diffusion import RectifiedFlow
 from models import DiT
 from optim import EMA, build_optimizer, lr_factor, set_lr
 from scripts.digits import Digits
-from training import Balance, total_loss
+from training import Balance, tell_routers, total_loss
 
 MODEL = dict(input_size=8, in_channels=3, num_classes=10)
 FLOW = RectifiedFlow(shift=2.0)
 BATCH, LR, WARMUP, EMA_DECAY, ALPHA = 64, 4e-3, 20, 0.99, 0.005
+
+
+class Scenes:
+    """An endless data set: four digits on a canvas of 16x16, a b above b a, each written by whoever; label 10 a + b."""
+
+    def __init__(self, digits: Digits):
+        self.images = torch.from_numpy(digits.images).float() / 127.5 - 1  # (N, 8, 8)
+        order = torch.from_numpy(digits.labels).argsort(stable=True)
+        self.counts = torch.bincount(torch.from_numpy(digits.labels), minlength=10)
+        self.first, self.order = self.counts.cumsum(0) - self.counts, order  # of each digit
+
+    def draw(self, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
+        """(count, 3, 16, 16) in -1..1, (count,)"""
+        labels = torch.randint(100, (count,), generator=generator)
+        a, b = labels // 10, labels % 10
+        cells = torch.stack([a, b, b, a], dim=1)  # (count, 4)
+        place = (torch.rand(cells.shape, generator=generator) * self.counts[cells]).long()
+        digits = self.images[self.order[self.first[cells] + place]].unflatten(1, (2, 2))  # (count, 2, 2, 8, 8)
+        return digits.transpose(2, 3).reshape(count, 1, 16, 16).expand(-1, 3, -1, -1), labels
+
+    def tensors(self, count: int = 900) -> tuple[Tensor, Tensor]:
+        """Some of it, always the same."""
+        return self.draw(torch.Generator().manual_seed(0), count)
 
 
 class Point(NamedTuple):
@@ -32,8 +55,8 @@ class Point(NamedTuple):
 
 def train(
     model: DiT,
-    digits: Digits,
-    held_out: Digits,
+    digits: Digits | Scenes,
+    held_out: Digits | Scenes,
     seed: int,
     first: int,
     last: int,
@@ -45,6 +68,7 @@ def train(
     loss_scale: float | None = None,
     accumulation: int = 1,
     draws: int = 2,
+    balance: tuple[str, ...] = ("aux",),
 ) -> list[Point]:
     """Train in place from step `first` to `last`; leaves the averaged weights in the model. Returns the curve.
 
@@ -53,29 +77,32 @@ def train(
         loss_scale: what the loss is multiplied by before the backward, as fp16 training does it; None: nothing.
         accumulation: micro-batches that a batch is cut into.
         draws: see `evaluate`.
+        balance: what evens out the load, of `runs.BALANCE`.
     """
-    images, labels = tensors(digits)
     optimizer, ema = build_optimizer(model, lr, weight_decay=0.0), EMA(model, EMA_DECAY)
     scaler = torch.amp.GradScaler("cpu", loss_scale or 1.0, growth_interval=last + 1, enabled=loss_scale is not None)
     seconds, curve = 0.0, [Point(first, 0.0, *evaluate(model, objective, held_out, draws))]
     for step in range(first, last):
         began = time.process_time()
         draw = torch.Generator().manual_seed(1_000_000 * seed + step)
-        chosen = torch.randint(len(images), (BATCH,), generator=draw)
+        images, labels = draw_from(digits, draw, BATCH)
         noise = torch.randn(BATCH, *images.shape[1:], generator=draw)
         u, drop = torch.rand(2, BATCH, generator=draw)
-        y = torch.where(drop < model.config.class_dropout_prob, model.config.null_class, labels[chosen])
+        y = torch.where(drop < model.config.class_dropout_prob, model.config.null_class, labels)
 
-        for parts in zip(*(whole.chunk(accumulation) for whole in (images[chosen], noise, u, y)), strict=True):
+        counts, observed = 0, []
+        for parts in zip(*(whole.chunk(accumulation) for whole in (images, noise, u, y)), strict=True):
             batch = objective.noised(*parts[:3])
             output, routings = model(batch.x_t, batch.t, parts[3], return_routing=True)
-            loss, _, _ = total_loss(objective.loss(output, batch), routings, Balance(aux=alpha), None)
+            loss, _, seen = total_loss(objective.loss(output, batch), routings, Balance(balance, aux=alpha), None)
             scaler.scale(loss / accumulation).backward()
+            counts, observed = counts + seen, [routing.observed for routing in routings]
         set_lr(optimizer.param_groups, lr * lr_factor(step - first, "constant", WARMUP, last - first))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         ema.update(model)
+        tell_routers(model, counts, observed)
         seconds += time.process_time() - began
         if (step + 1 - first) % eval_every == 0 or step + 1 == last:
             with ema.swapped_into(model):
@@ -87,14 +114,25 @@ def train(
 @torch.no_grad()
 def evaluate(model: DiT, objective, digits: Digits, draws: int) -> tuple[Tensor, Tensor]:
     """`losses` and `load` of `Point`: every image `draws` times, at fixed noises and evenly spread times."""
-    images, labels = (part.repeat(draws, *[1] * (part.ndim - 1)) for part in tensors(digits))
+    whole = digits.tensors() if isinstance(digits, Scenes) else tensors(digits)
+    images, labels = (part.repeat(draws, *[1] * (part.ndim - 1)) for part in whole)
     generator = torch.Generator().manual_seed(0)
     u = (torch.randperm(len(images), generator=generator) + 0.5) / len(images)
     batch = objective.noised(images, torch.randn(images.shape, generator=generator), u)
-    output, routings = model(batch.x_t, batch.t, labels, return_routing=True)
+    output, routings = model.eval()(batch.x_t, batch.t, labels, return_routing=True)
+    model.train()
     losses = objective.loss(output, batch)["loss"]
     load = [routing.tokens_per_expert for routing in routings]
     return losses, torch.stack(load) if load else torch.zeros(0, 0, dtype=torch.int32)
+
+
+def draw_from(digits: Digits | Scenes, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
+    """Images and labels of a batch."""
+    if isinstance(digits, Scenes):
+        return digits.draw(generator, count)
+    images, labels = tensors(digits)
+    chosen = torch.randint(len(images), (count,), generator=generator)
+    return images[chosen], labels[chosen]
 
 
 def tensors(digits: Digits) -> tuple[Tensor, Tensor]:

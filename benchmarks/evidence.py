@@ -1,6 +1,6 @@
-"""Mechanism checks on the digits: experts, the balance loss, objectives, samplers, places of experts, parts of blocks.
+"""Mechanism checks on the digits: experts, balance, objectives, samplers, places of experts, parts of blocks, routers.
 
-    python -m benchmarks.evidence                        # every experiment, 3 seeds: an hour of one CPU core
+    python -m benchmarks.evidence                        # every experiment, 3 seeds: two hours of one CPU core
     python -m benchmarks.evidence experts balance        # some; `--help` lists them
 
 A run (a row of `SETUPS`, with a seed) is kept in results/evidence/, so a killed command, given again, goes on where it
@@ -16,11 +16,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 import cli
 from analysis.plan import flops, parameter_counts, tokens_per_image
 from autoencoders import load_space
-from benchmarks.digits_runs import ALPHA, BATCH, FLOW, MODEL, train
+from benchmarks.digits_runs import ALPHA, BATCH, FLOW, MODEL, Scenes, train
 from configuration import DiTConfig, build_config
 from diffusion import GaussianDiffusion, RectifiedFlow
 from files import replacing
@@ -63,11 +64,22 @@ class Setup:
     loss_scale: float | None = None
     accumulation: int = 1
     part: float = 1.0  # of the steps
+    balance: tuple[str, ...] = ("aux",)
+    scenes: bool = False  # endless scenes of four digits in place of 898 digits
     samples: dict[str, int] = field(default_factory=lambda: JUDGED)  # "sampler steps" -> images
 
     @property
     def config(self) -> DiTConfig:
-        return build_config("DiT-Nano/2", **(MODEL | BASE | self.model))
+        data = SCENES if self.scenes else MODEL
+        return build_config("DiT-Nano/2", **(data | BASE | self.model))
+
+
+SCENES = dict(input_size=16, patch_size=4, in_channels=3, num_classes=100)
+
+
+def routed(router: str, *balance: str, **more) -> Setup:
+    """On endless scenes, twice as long; what a token costs is what it costs in the dense network."""
+    return Setup(dict(router=router) | more, part=2.0, balance=balance or ("none",), scenes=True)
 
 
 ROUTING = dict(part=0.5, samples={})  # the load of experts settles early
@@ -91,6 +103,15 @@ SETUPS = {
     "deep half": Setup(dict(moe_layers="deep-half")),
     "shallow half": Setup(dict(moe_layers="shallow-half")),
     "every second": Setup(dict(moe_layers="every-2")),
+    "dense, scenes": routed("softmax", num_experts=0),
+    "1 expert, scenes": routed("softmax", "none", num_experts=1, num_experts_per_tok=1, expert_ratio=2.0),
+    "softmax, 4": routed("softmax", "aux", num_experts=4),
+    "softmax": routed("softmax", "aux"),
+    "softmax, 16": routed("softmax", "aux", num_experts=16),
+    "sigmoid, bias": routed("sigmoid", "bias", norm_topk_prob=True, router_bias=True),
+    "expert choice": routed("expert-choice"),
+    "batch pool": routed("batch-pool"),
+    "prototypes": routed("prototypes"),
     "RoPE": Setup(dict(num_experts=0, positions="rope2d")),
     "SwiGLU": Setup(dict(num_experts=0, mlp="swiglu", mlp_multiple=8)),
     "RoPE, SwiGLU": Setup(dict(num_experts=0, positions="rope2d", mlp="swiglu", mlp_multiple=8)),
@@ -100,6 +121,10 @@ EXPERIMENTS = {
     "balance": ("alpha 0", "8 experts", "alpha 0.01", "alpha 0.05", "scaled by 2^16", "2 micro-batches"),
     "samplers": ("8 experts", "DDPM, linear, eps", "DDPM, cosine, v"),
     "places": ("8 experts", "no shared expert", "deep half", "shallow half", "every second", "dense"),
+    "routers": (
+        *("dense, scenes", "1 expert, scenes", "softmax, 4", "softmax", "softmax, 16"),
+        *("sigmoid, bias", "expert choice", "batch pool", "prototypes"),
+    ),
     "parts": ("dense", "RoPE", "SwiGLU", "RoPE, SwiGLU"),  # dense: a table of sine and cosine, GELU
 }
 
@@ -128,8 +153,8 @@ def main(args) -> None:
     for seed in range(args.seeds):
         for name in names:
             runs[name].append(cached_run(name, seed, args))
-    scorer = Scorer()
     for experiment in chosen:
+        scorer = SceneScorer() if SETUPS[EXPERIMENTS[experiment][0]].scenes else Scorer()
         table, figure = REPORTS[experiment]({name: runs[name] for name in EXPERIMENTS[experiment]}, scorer)
         with replacing(args.pictures / f"evidence_{experiment}.png") as file:
             figure.savefig(file, format="png", dpi=150)
@@ -150,7 +175,9 @@ def cached_run(name: str, seed: int, args) -> Run:
     uint8 for each "sampler steps".
     """
     setup = SETUPS[name]
-    settings = vars(setup) | {"model": setup.config.to_dict(), "objective": setup.objective.config()}
+    usual = {"balance": ("aux",), "scenes": False}  # settings of before do not name them
+    settings = {name: value for name, value in vars(setup).items() if usual.get(name, ()) != value}
+    settings |= {"model": setup.config.to_dict(), "objective": setup.objective.config()}
     steps = round(setup.part * args.steps)
     settings = json.dumps(settings | {"steps": steps, "eval_every": args.eval_every})
     path = args.runs / f"{name.replace(',', '').replace(' ', '-')}-{seed}.npz"
@@ -168,11 +195,14 @@ def cached_run(name: str, seed: int, args) -> Run:
 
 def run(setup: Setup, seed: int, steps: int, eval_every: int) -> Run:
     training, held_out = split_digits()
+    if setup.scenes:
+        training, held_out = Scenes(training), Scenes(held_out)
     torch.manual_seed(seed)
     model = DiT(setup.config)
     options = dict(objective=setup.objective, alpha=setup.alpha, draws=1)
-    options |= dict(loss_scale=setup.loss_scale, accumulation=setup.accumulation)
+    options |= dict(loss_scale=setup.loss_scale, accumulation=setup.accumulation, balance=setup.balance)
     points = train(model, training, held_out, seed, 0, steps, eval_every, **options)
+    model.eval()
     arrays = {
         "steps": np.array([point.step for point in points]),
         "seconds": np.array([point.seconds for point in points]),
@@ -186,7 +216,7 @@ def run(setup: Setup, seed: int, steps: int, eval_every: int) -> Run:
 
 
 def sample(model: DiT, objective, settings: Settings, count: int) -> np.ndarray:
-    """(count, 8, 8, 3) uint8, of the labels 0, 1, ..., 9, 0, ...; without guidance."""
+    """(count, H, W, 3) uint8, of the labels 0, 1, 2, ..., 0, ...; without guidance."""
     labels = [index % model.config.num_classes for index in range(count)]
     return np.concatenate(list(generate(model, objective, load_space("none"), labels, settings, batch_size=150)))
 
@@ -239,6 +269,29 @@ class Scorer:
         return frechet_distance(mine.mean, mine.covariance, self.reference.mean, self.reference.covariance)
 
 
+class SceneScorer(Scorer):
+    """The same of scenes: a cell is right if the judge takes it for the digit that the label asks for."""
+
+    def __init__(self):
+        super().__init__()
+        training, held_out = split_digits()
+        self.reference = moments(as_pixels(Scenes(held_out).tensors(2000)[0]))
+        self.real = as_pixels(Scenes(training).tensors(2000)[0])
+
+    def recognised(self, images: np.ndarray) -> np.ndarray:
+        """(N,) share of the four cells."""
+        labels = np.arange(len(images)) % 100
+        a, b = labels // 10, labels % 10
+        cells = images.reshape(len(images), 2, 8, 2, 8, 3).swapaxes(2, 3).reshape(-1, 8, 8, 3)
+        wanted = np.stack([a, b, b, a], axis=1).flatten()
+        return self.judge.recognises(cells, wanted).reshape(-1, 4).mean(axis=1)
+
+
+def as_pixels(images: Tensor) -> np.ndarray:
+    """(N, 3, H, W) in -1..1 -> (N, H, W, 3) uint8"""
+    return (images * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
 def as_rgb(digits: Digits) -> np.ndarray:
     """(N, 8, 8, 3) uint8"""
     return np.repeat(digits.images[..., None], 3, axis=3)
@@ -272,9 +325,10 @@ def dead_experts(runs: list[Run]) -> np.ndarray:
 LOSSES = (0.3, 0.4, 0.6, 1.0, 1.6)  # named on logarithmic axes
 DISTANCES = (1, 1.5, 2, 3, 4, 5)
 COLORS = ("black", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by all eyes
+COLORS += ("#56b4e9", "0.5", "#8c510a")
 
 
-def report_experts(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
+def report_experts(runs: Runs, scorer: Scorer, to: str = "dense") -> tuple[str, Figure]:
     figure = Figure(figsize=(10, 7.6), layout="constrained")
     (over_steps, over_flops), (over_time, difference) = figure.subplots(2, 2)
     for (name, mine), color in zip(runs.items(), COLORS, strict=False):
@@ -284,7 +338,7 @@ def report_experts(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
         seconds = stacked(mine, "seconds").mean(axis=0)
         for axes, x in ((over_steps, steps), (over_flops, teraflops), (over_time, seconds)):
             band(axes, x, per_seed, name, color)
-        band(difference, steps, losses - stacked(runs["dense"], "losses"), name, color)
+        band(difference, steps, losses - stacked(runs[to], "losses"), name, color)
     over_steps.set(xlabel="training step", ylabel="held-out loss")
     over_flops.set(xlabel="training compute (TFLOP)", ylabel="held-out loss")
     over_time.set(xlabel="training time (CPU seconds of one core)", ylabel="held-out loss")
@@ -294,7 +348,7 @@ def report_experts(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
         axes.set_yticks(LOSSES, labels=map(str, LOSSES))
         axes.minorticks_off()
     finish(figure, over_steps)
-    return comparison(runs, "dense", scorer), figure
+    return comparison(runs, to, scorer), figure
 
 
 def report_differences(runs: Runs, scorer: Scorer, to: str) -> tuple[str, Figure]:
@@ -383,6 +437,7 @@ REPORTS = {
     "experts": report_experts,
     "balance": report_balance,
     "samplers": report_samplers,
+    "routers": functools.partial(report_experts, to="dense, scenes"),
     "places": functools.partial(report_differences, to="8 experts"),
     "parts": functools.partial(report_differences, to="dense"),
 }

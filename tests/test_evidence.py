@@ -47,7 +47,7 @@ def test_a_run_repeats_itself_and_counts_every_token(tiny):
 
 
 def test_networks_cost_the_same_for_each_token():
-    configs = {name: setup.config for name, setup in evidence.SETUPS.items()}
+    configs = {name: setup.config for name, setup in evidence.SETUPS.items() if not setup.scenes}
     costs = {name: flops(config).forward for name, config in configs.items()}
     assert max(costs.values()) < 1.03 * min(costs.values())
     routers = {name: 2 * 16 * 64 * config.num_experts * len(config.moe_indices) for name, config in configs.items()}
