@@ -219,8 +219,8 @@ def open_samples(args, device: torch.device) -> Images:
     loaded = sampling.load_for_sampling(args, device, machine.set_precision(precision))
     asked = sampling.choose_images(args, loaded)
     record = {"source": str(loaded.source), "settings": loaded.record(precision) | asked.record(args)}
-    network, size, kind = loaded.network, loaded.image_size, loaded.condition
-    return DrawnImages(network, loaded.objective, loaded.space, asked, loaded.settings, size, record, kind)
+    parts = loaded.network, loaded.objective, loaded.space, asked, loaded.settings
+    return DrawnImages(*parts, loaded.image_size, record, loaded.options)
 
 
 def drawing_flags() -> set[str]:

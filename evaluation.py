@@ -167,7 +167,7 @@ class DrawnImages:
     """Images that a model draws when they are read: image i of the seed, of what was asked for as number i.
 
     Args:
-        kind: of condition, where it knows more than the model's own: what encodes prompts.
+        options: of `sampling.draw`, such as what encodes prompts.
     """
 
     def __init__(
@@ -179,16 +179,16 @@ class DrawnImages:
         settings: sampling.Settings,
         size: int,
         record: dict,
-        kind=None,
+        options: dict | None = None,
     ):
         self.labels = None if asked.prompts else np.array(asked.numbers)
         self.model, self.objective, self.space, self.settings = model, objective, space, settings
-        self.asked, self.count, self.size, self.record, self.kind = asked, len(asked), size, record, kind
-        (kind or model.config.condition).check(asked.of(range(self.count)))
+        self.asked, self.count, self.size, self.record, self.options = asked, len(asked), size, record, options or {}
+        self.options.get("kind", model.config.condition).check(asked.of(range(self.count)))
 
     def read(self, indices: range) -> np.ndarray:
         wanted = self.asked.of(indices)
-        return sampling.draw(self.model, self.objective, self.space, wanted, self.settings, indices, kind=self.kind)
+        return sampling.draw(self.model, self.objective, self.space, wanted, self.settings, indices, **self.options)
 
     def describe(self) -> dict:
         return self.record

@@ -125,7 +125,7 @@ def draw(loaded: sampling.Loaded, labels: list[int], settings: sampling.Settings
             yield step
             bar.update()
 
-    options = {"kind": loaded.condition, "batch_size": batch_size, "progress": progress}
+    options = loaded.options | {"batch_size": batch_size, "progress": progress}
     batches = sampling.generate(loaded.network, loaded.objective, loaded.space, labels, settings, **options)
     images = np.concatenate(list(batches))
     bar.close()

@@ -381,8 +381,7 @@ def draw(
 
 def draw_batch(loaded: sampling.Loaded, settings: sampling.Settings, batch: range, asked: list) -> np.ndarray:
     """(n, H, W, 3) uint8."""
-    network, kind = loaded.network, loaded.condition
-    return sampling.draw(network, loaded.objective, loaded.space, asked, settings, batch, kind=kind)
+    return sampling.draw(loaded.network, loaded.objective, loaded.space, asked, settings, batch, **loaded.options)
 
 
 def report(images: ImageSet, settings: sampling.Settings, precision: str, drawn: int, seconds: float) -> None:

@@ -87,6 +87,12 @@ def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
         "--seed", "--global-seed", dest="seed", type=natural_int, default=0, help="image i of a seed has its own noise"
     )
     group.add_argument("--cfg-scale", type=number_in(0, 1e3), default=4.0, help="guidance; 1 is off")
+    group.add_argument(
+        "--guide",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="guide away from this weaker network, not from no label",
+    )
     group.add_argument("--negative-prompt", metavar="TEXT", help="guide away from it, in place of from no text")
     group.add_argument("--cfg-channels", help="how many channels are guided: a number, or all (ddpm: 3, rf: all)")
     group.add_argument(
@@ -186,7 +192,7 @@ def choose_images(args, loaded: "Loaded") -> Asked:
 
 
 GUIDANCE = Need(
-    ("cfg_channels", "cfg_interval", "negative_prompt"),
+    ("cfg_channels", "cfg_interval", "negative_prompt", "guide"),
     lambda args: args.cfg_scale != 1,
     "guidance: --cfg-scale above 1",
 )
@@ -202,6 +208,7 @@ class Settings:
     cfg_channels: int | None = None  # None: all
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
+    guide: str | None = None  # `fingerprint` of the network that guides
 
     @classmethod
     def from_args(cls, args, objective, in_channels: int) -> "Settings":
@@ -225,6 +232,8 @@ class Settings:
         guidance = f"cfg{self.cfg_scale:g}"
         if self.cfg_scale != 1 and self.cfg_channels is not None:
             guidance += f"-channels{self.cfg_channels}"
+        if self.guide is not None:
+            guidance += f"-guide{self.guide[:8]}"
         if self.cfg_scale != 1 and self.cfg_interval != (0.0, 1.0):
             guidance += "-interval{:g}-{:g}".format(*self.cfg_interval)
         return f"{self.sampler}{self.steps}-{guidance}-seed{self.seed}"
@@ -283,6 +292,7 @@ def generate(
     settings: Settings,
     *,
     kind: Classes | Captions | None = None,
+    guide: DiT | None = None,
     indices: Sequence[int] | None = None,
     batch_size: int = 32,
     progress: Callable | None = None,
@@ -293,6 +303,7 @@ def generate(
         model: with weights in the precision to sample with, or under the caller's autocast.
         space: what turns latents into images (`autoencoders.load_space`).
         kind: of condition, where it knows more than the model's own: what encodes prompts.
+        guide: a weaker network for the same images, which the model is guided away from in place of its null.
         indices: which image of the seed each one is; 0, 1, ... by default.
         progress: wraps the iterable of sampling steps of each batch.
 
@@ -320,6 +331,7 @@ def generate(
             channels=settings.cfg_channels,
             interval=settings.cfg_interval,
             time_scale=objective.time_scale,
+            guide=guide,
         )
         denoise = Watched(denoise)
         latents = objective.sample(denoise, noise(), settings.steps, settings.sampler, randn=noise, progress=progress)
@@ -328,11 +340,9 @@ def generate(
         yield (images * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def draw(
-    model, objective, space, labels: Sequence, settings: Settings, indices: Sequence[int], progress=None, kind=None
-):
+def draw(model, objective, space, labels: Sequence, settings: Settings, indices: Sequence[int], **options):
     """(n, H, W, 3) uint8: what `generate` yields for one batch."""
-    options = {"indices": indices, "batch_size": len(labels), "progress": progress, "kind": kind}
+    options |= {"indices": indices, "batch_size": len(labels)}
     return next(generate(model, objective, space, labels, settings, **options))
 
 
@@ -408,6 +418,7 @@ def check_settings(config: DiTConfig, objective, settings: Settings) -> None:
         channels=settings.cfg_channels,
         interval=settings.cfg_interval,
         time_scale=objective.time_scale,
+        guide=None if settings.guide is None else silent,
     )
     objective.sample(denoise, x, settings.steps, settings.sampler, randn=lambda: x)
 
@@ -427,6 +438,12 @@ class Loaded:
     source: Path
     settings: Settings
     condition: Classes | Captions
+    guide: "DiT | Captured | None" = None  # what guides, in place of no label
+
+    @property
+    def options(self) -> dict:
+        """What `generate` and `draw` take besides."""
+        return {"kind": self.condition, "guide": self.guide}
 
     @property
     def name(self) -> str:
@@ -497,7 +514,10 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
     if weights.record is None:
         _say_what_is_assumed(args, weights, objective)
 
-    settings = Settings.from_args(args, objective, weights.config.in_channels)
+    settings, guide = Settings.from_args(args, objective, weights.config.in_channels), None
+    if args.guide is not None:
+        guide = load_guide(args, weights, device, dtype)
+        settings = replace(settings, guide=fingerprint(guide))
     check_settings(weights.config, objective, settings)
 
     pooled = weights.config.num_experts > 0 and weights.config.router == "batch-pool"
@@ -526,7 +546,34 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
             kind = replace(kind, nothing=args.negative_prompt)
     elif args.negative_prompt is not None:
         raise UsageError(f"--negative-prompt: {weights.source} draws from classes")
-    return Loaded(model, network, objective, space.to(device), image_size, weights.source, settings, kind)
+    if guide is not None and args.cuda_graph:
+        guide = captured(guide)
+    return Loaded(model, network, objective, space.to(device), image_size, weights.source, settings, kind, guide)
+
+
+SHARED = ("name", "time_scale", "prediction", "schedule")  # of the objectives of networks that guide each other
+
+
+def load_guide(args, weights: checkpoint.Weights, device: torch.device, dtype: torch.dtype) -> DiT:
+    """The network of `--guide`, which has to speak of the same things.
+
+    Raises:
+        UsageError: it is of other latents, labels or texts, or was trained with another objective.
+    """
+    if args.negative_prompt is not None:
+        raise UsageError("--guide and --negative-prompt contradict each other: both stand in for no text")
+    guide = checkpoint.load_weights(args.guide, "ema" if args.use_ema else "model")
+    fields = ("in_channels", "input_size", "num_classes", "caption_width")
+    pairs = {name: (getattr(guide.config, name), getattr(weights.config, name)) for name in fields}
+    if guide.record is not None and weights.record is not None:
+        pairs |= {f"objective {k}": (guide.objective.get(k), weights.objective.get(k)) for k in SHARED}
+        pairs["text"] = (guide.record.get("text", {}).get("kind"), weights.record.get("text", {}).get("kind"))
+    for name, (there, here) in pairs.items():
+        if there != here:
+            raise UsageError(f"--guide {args.guide} has {name} {there}, {weights.source} {here}")
+    model = guide.build(device, dtype)
+    model.set_attention(args.attention)
+    return model.eval().requires_grad_(False)
 
 
 def _choose_encoder(args, weights: checkpoint.Weights) -> text.TextEncoder:

@@ -89,6 +89,8 @@ def plan(args, loaded: sampling.Loaded, precision: str) -> "Job":
         UsageError: labels that the model does not know, or a model without experts.
     """
     config, settings = loaded.model.config, loaded.settings
+    if loaded.guide is not None:
+        raise UsageError("--guide: what experts do is counted of one network and its two halves; drop it")
     if not config.moe_indices:
         raise UsageError(f"{loaded.source} is a dense model: it has no experts to look at")
     classes, names = choose_classes(args, loaded)
@@ -288,7 +290,7 @@ def record(
 
 def draw_batch(loaded: sampling.Loaded, job: Job, batch: int, tally: Tally, bar) -> None:
     indices = job.indices(batch)
-    labels, kind = job.labels[indices.start : indices.stop], loaded.condition
+    labels = job.labels[indices.start : indices.stop]
     if loaded.draws_from_texts:
         labels = [job.about["class_names"][label] for label in labels]
 
@@ -298,7 +300,8 @@ def draw_batch(loaded: sampling.Loaded, job: Job, batch: int, tally: Tally, bar)
             bar.update(len(job.times) / len(steps))  # Heun evaluates twice a step
 
     network = Recorder(loaded.model, tally, indices)
-    pixels = sampling.draw(network, loaded.objective, loaded.space, labels, loaded.settings, indices, progress, kind)
+    options = {"progress": progress, "kind": loaded.condition}
+    pixels = sampling.draw(network, loaded.objective, loaded.space, labels, loaded.settings, indices, **options)
     for index, image in zip(indices, pixels, strict=True):
         if index in tally.examples:
             tally.keep_image(index, image)

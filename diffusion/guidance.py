@@ -18,6 +18,7 @@ def classifier_free_guidance(
     channels: int | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
     time_scale: float = 1.0,
+    guide: Callable[..., Tensor] | None = None,
 ) -> Callable[[Tensor, float], Tensor]:
     """The `denoise(x, t)` that samplers call: null + scale * (conditional - null).
 
@@ -28,22 +29,26 @@ def classifier_free_guidance(
                conditional's. The published DDPM numbers guide 3 of 4 latent channels.
     interval   guide only where low <= t / time_scale <= high (arXiv 2404.07724); elsewhere one plain forward
     time_scale network time at pure noise
+    guide      a weaker network, whose answer stands in for that to null (autoguidance, arXiv 2406.02507)
 
-    Guided, a step is one forward of 2N, conditional half first; otherwise one of N.
+    Guided, a step is one forward of 2N, conditional half first, or one of N by each network; otherwise one of N.
     """
     low, high = interval
-    if scale != 1 and null is None:
+    if scale != 1 and null is None and guide is None:
         raise UsageError(f"guidance scale {scale} needs a null class, which this model does not have; use scale 1")
     if not (math.isfinite(scale) and 0 <= low <= high <= 1):
         raise UsageError(f"guidance takes a finite scale and 0 <= low <= high <= 1, got {scale} and {low}, {high}")
-    both = condition if scale == 1 else _join(condition, null)  # 2N
+    both = condition if scale == 1 or guide is not None else _join(condition, null)  # 2N
 
     def denoise(x: Tensor, t: float) -> Tensor:
         assert scale == 1 or 0 <= t <= time_scale, f"time {t} is outside 0..{time_scale}: whose time_scale is this?"
         if scale == 1 or not low <= t / time_scale <= high:
             return model(x, _expand(t, x), condition)
-        x2 = torch.cat([x, x])  # (2N,C,H,W)
-        conditional, nothing = model(x2, _expand(t, x2), both).float().chunk(2)  # each (N,C or 2C,H,W)
+        if guide is None:
+            x2 = torch.cat([x, x])  # (2N,C,H,W)
+            conditional, nothing = model(x2, _expand(t, x2), both).float().chunk(2)  # each (N,C or 2C,H,W)
+        else:
+            conditional, nothing = (each(x, _expand(t, x), condition).float() for each in (model, guide))
         k = x.shape[1] if channels is None else min(channels, x.shape[1])
         guided = nothing[:, :k] + scale * (conditional[:, :k] - nothing[:, :k])
         return torch.cat([guided, conditional[:, k:]], dim=1)

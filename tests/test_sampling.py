@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import read_json
+from conftest import read_json, script
 from PIL import Image
 
 import families
@@ -17,7 +17,7 @@ import train
 from autoencoders import PixelSpace
 from cli import RunStopped, UsageError
 from data import draw_randomness
-from diffusion import GaussianDiffusion, RectifiedFlow
+from diffusion import GaussianDiffusion, RectifiedFlow, classifier_free_guidance
 from models import build_model
 
 TINY = ["--model", "DiT-Nano/2", "--num_experts", "4", "--vae-path", "none", "--image-size", "8", "--num-classes", "4"]
@@ -306,3 +306,56 @@ def test_noise_of_an_image_is_no_noise_of_training():
             for name in ("noise", "vae_noise"):
                 closest = (drawn - entries[name]).abs().flatten(1).mean(dim=1).min()
                 assert closest > 0.5
+
+
+# ------------------------------------------------------------------------------------------------------- autoguidance
+
+
+def test_a_weaker_network_guides():
+    """weak + scale * (strong - weak), both of the label; by a network without null class too."""
+    strong, weak = (lambda x, t, y, f=factor: f * x + y.view(-1, 1, 1, 1) for factor in (3.0, 1.0))
+    x, y = torch.randn(2, 4, 2, 2), torch.tensor([1, 2])
+    denoise = classifier_free_guidance(strong, y, None, 2.5, guide=weak)
+    expected = weak(x, 0, y) + 2.5 * (strong(x, 0, y) - weak(x, 0, y))
+    torch.testing.assert_close(denoise(x, 0.5), expected)
+    half = classifier_free_guidance(strong, y, None, 2.5, channels=3, interval=(0.0, 0.4), guide=weak)
+    assert torch.equal(half(x, 0.5), strong(x, 0, y))
+    assert torch.equal(half(x, 0.2)[:, 3:], strong(x, 0, y)[:, 3:])
+
+
+def test_samples_guided_by_a_checkpoint(images):
+    """An earlier one of the run guides the last; itself changes nothing but rounding; others are refused."""
+    flags = ["--data-path", images, "--results-dir", images.parent / "runs", "--model", "DiT-Nano/2", "--depth", 1]
+    flags += ["--vae-path", "none", "--image-size", 8, "--num-classes", 4, "--num-workers", 0, "--device", "cpu"]
+    flags += ["--global-batch-size", 8, "--max-steps", 2, "--ckpt-every", 1, "--lr", 0.1, "--ema-decay", 0, "--rf"]
+    script("train.py", *flags)
+    run = next((images.parent / "runs").iterdir())
+    draw = [
+        "sample.py",
+        "--ckpt",
+        run,
+        "--device",
+        "cpu",
+        "--num-sampling-steps",
+        3,
+        "--class-labels",
+        1,
+        2,
+        "--output",
+    ]
+
+    def drawn(name: str, *more) -> np.ndarray:
+        script(*draw, images.parent / name, *more)
+        return np.load(images.parent / name / "samples.npz")["arr_0"].astype(int)
+
+    plain, guided = drawn("plain", "--cfg-scale", 1), ["--cfg-scale", 3, "--guide"]
+    assert np.abs(drawn("itself", *guided, run) - plain).max() <= 1
+    assert not np.array_equal(drawn("early", *guided, run / "checkpoints" / "0000001"), plain)
+    settings = json.loads((images.parent / "early" / "settings.json").read_text())
+    assert len(settings["guide"]) == 16
+    error = script(*draw, images.parent / "no", "--cfg-scale", 1, "--guide", run, check=2).stderr
+    assert "--guide does nothing without guidance" in error
+    script("train.py", *flags, "--num-classes", 5, "--results-dir", images.parent / "other")
+    other = next((images.parent / "other").iterdir())
+    error = script(*draw, images.parent / "no", *guided, other, check=2).stderr
+    assert "has num_classes 5, " in error and "Traceback" not in error
