@@ -63,6 +63,7 @@ from models import CHECKPOINTING, DiT
 from objectives import add_objective_arguments, choose_objective, spell_out
 from optim import ADAMW, SCHEDULES
 from parametrization import PARAMETRIZATIONS, is_mup
+from post_hoc_ema import USUAL
 from routers import ROUTERS, SigmoidRouter, SoftmaxRouter
 
 # ---------------------------------------------------------------------------------------------------------------- flags
@@ -136,6 +137,14 @@ def add_training_arguments(parser: Parser) -> None:
         help="largest norm of the gradient; 0: no clipping (of Large-DiT: 2, as published)",
     )
     group.add_argument("--ema-decay", type=number_in(0, 1), default=0.9999, help="of the moving average of the weights")
+    group.add_argument(
+        "--post-hoc-ema",
+        type=number_in(1e-3, 0.28),
+        nargs="*",
+        default=(),
+        metavar="LENGTH",
+        help="keep averages of which weights.py ema makes one of any length: 0.05 0.1, as published, without a LENGTH",
+    )
     group.add_argument(
         "--aux-loss-alpha", type=number_in(0, 1e6), default=0.005, help="factor of the balance loss (paper: 0.005)"
     )
@@ -442,6 +451,8 @@ def _choose(args, processes: distributed.Processes) -> Choices:
     if args.text_encoder is None or args.data_path is None:  # captions may be a file
         require_folder(args.data_path or args.feature_path, "data path" if args.data_path else "feature path")
     args.accum_iter = choose_accumulation(args, processes.world_size)
+    if "post_hoc_ema" in args.given:
+        args.post_hoc_ema = sorted(set(args.post_hoc_ema or USUAL))
     args.vae_path = vae_below(args, args.vae_path)
     if args.model in DiT_models:
         for name, value in family_of_row(args.model).TRAINING.items():

@@ -31,6 +31,7 @@ import runs
 import training
 from expert_parallel import check_expert_parallel, deal_experts
 from optim import EMA, build_optimizer, local, set_lr, state_of
+from post_hoc_ema import PowerEMA
 
 SHARDED = "sharded"  # folder of a checkpoint that holds the state of FSDPEngine
 
@@ -96,6 +97,7 @@ class DDPEngine:
             fill({name: named[name] for name in weights.keys() & named.keys()}, weights)
         self.module.train()
         self.ema = EMA(self.module, args.ema_decay)
+        self.post_hoc = [PowerEMA(self.module, length) for length in args.post_hoc_ema]
         self.optimizer = build_optimizer(self.module, args.lr, args.weight_decay, args.adam_eps, args.decay_all)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.args.precision == "fp16")
 
@@ -130,7 +132,8 @@ class DDPEngine:
         applied = loss_is_finite and math.isfinite(norm)
         if applied:
             self.scaler.step(self.optimizer)
-            self.ema.update(self.module)
+            for average in (self.ema, *self.post_hoc):
+                average.update(self.module)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return training.Update(norm, applied)
@@ -168,6 +171,7 @@ class DDPEngine:
             "model": named | buffers,
             "ema": self.ema.as_parameters(self.module) | buffers,
             "optimizer": state_of(self.optimizer, named),
+            **{average.part: average.state(self.module) for average in self.post_hoc},
         }
 
     def snapshot(self, folder: Path, config: dict, state: dict) -> Callable[[], None]:
@@ -185,6 +189,8 @@ class DDPEngine:
                 f"{folder} was written by another trainer; resume it there, or use --init-from {folder}"
             )
         state = self.state()
+        if absent := [each.length for each in self.post_hoc if not (folder / f"{each.part}.safetensors").is_file()]:
+            raise cli.UsageError(f"{folder} has no average of length {absent[0]:g}: --post-hoc-ema is of whole runs")
         if (folder / SHARDED).is_dir():
             dcp.load(state, checkpoint_id=folder / SHARDED, no_dist=not dist.is_initialized())
         else:
@@ -256,7 +262,8 @@ class FSDPEngine(DDPEngine):
         """The state as a distributed checkpoint, beside it the averaged weights, gathered for `sample.py`."""
         beside, tensors = self.processes.on_main(lambda: checkpoint.begin(folder)), self.state()
         records = {"config": config, "state": state | {"scaler": self.scaler.state_dict()}}
-        averaged = {name: self._gathered(value) for name, value in tensors["ema"].items()}
+        parts = ["ema", *(average.part for average in self.post_hoc)]
+        gathered = {part: {n: self._gathered(value) for n, value in tensors[part].items()} for part in parts}
         writing = dcp.async_save(tensors, checkpoint_id=beside / SHARDED, process_group=self.cpu_group)
 
         def write() -> None:
@@ -268,7 +275,7 @@ class FSDPEngine(DDPEngine):
             if self.processes.is_main:
                 parts = dcp.FileSystemReader(beside / SHARDED).read_metadata().storage_data.values()
                 parts = {f"{SHARDED}/{part.relative_path}" for part in parts}
-                checkpoint.commit(beside, folder, {"ema": averaged}, records, parts)
+                checkpoint.commit(beside, folder, gathered, records, parts)
 
         return write
 

@@ -1,11 +1,13 @@
-"""Look into files of weights, and write them under the published names.
+"""Look into files of weights, write them under the published names, and average those of a run.
 
 python weights.py inspect dit_moe_s_8E2A.pt                 # what it holds, read off its headers
 python weights.py inspect results/000-DiT-S-2-8E2A-rf --norms
 python weights.py export results/000-DiT-S-2-8E2A-rf --output dit_moe_s.safetensors --dtype fp16
+python weights.py ema results/000-DiT-S-2-8E2A-rf --length 0.1 --output averaged.safetensors
 """
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,13 +18,14 @@ from safetensors.torch import save_file
 
 import checkpoint
 import cli
-from cli import UsageError, positive_int
+from cli import UsageError, number_in, positive_int
 from configuration import unseen
 from diffusion import objective_from_config
 from families import family_for, to_published
 from files import replace_json
 from models import DiT, count_parameters
 from objectives import in_words
+from post_hoc_ema import reconstruct
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,6 +41,12 @@ def get_parser() -> cli.Parser:
     )
     export.add_argument("--dtype", choices=DTYPES, help="default: as it is")
     parser.add_switch(export, "--flash-names", None, "Wqkv and out_proj; default: where there is QK-norm, as published")
+    average = commands.add_parser("ema", help="the average of any length, of a run with --post-hoc-ema")
+    average.add_argument("ckpt", type=Path, help="run folder")
+    average.add_argument("--length", type=number_in(1e-3, 0.28), required=True, help="0.05 is short, 0.2 long")
+    average.add_argument("--step", type=positive_int, help="of the average (default: the newest checkpoint's)")
+    average.add_argument("--output", type=Path, required=True, help="a .safetensors or .pt file")
+    average.set_defaults(num_heads=None, dtype=None, flash_names=None)
     for command in (inspect, export):
         command.add_argument("ckpt", help="checkpoint or run folder, published .pt, .safetensors")
         parser.add_switch(command, "--use-ema", True, "the averaged weights, not those under training")
@@ -46,6 +55,15 @@ def get_parser() -> cli.Parser:
 
 
 def main(args) -> None:
+    if args.command == "ema":
+        tensors, newest = reconstruct(args.ckpt, args.length, args.step)
+        whole = checkpoint.load_weights(newest)
+        tensors |= {name: whole.state_dict[name] for name in whole.meta.keys() - tensors.keys()}  # what is not trained
+        record = whole.record | {"post_hoc_length": args.length}
+        weights = dataclasses.replace(whole, tensors=tensors, meta=tensors, record=record)
+        export(weights, args.output, None, None)
+        print(f"{args.output}: length {args.length:g} at step {int(newest.name)}")
+        return
     known = {"num_heads": args.num_heads} if args.num_heads else {}
     weights = checkpoint.load_weights(args.ckpt, "ema" if args.use_ema else "model", **known)
     if args.command == "inspect":
