@@ -10,7 +10,12 @@ from torch.distributed.tensor import DTensor
 from layers import roles_of
 from parametrization import lr_factors
 
-SCHEDULES = ("constant", "cosine", "linear")
+SCHEDULES = {  # of the share of the steps behind the warmup that is done, and the share of a cooldown: the factor
+    "constant": lambda done, cooldown: 1.0,
+    "cosine": lambda done, cooldown: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done, cooldown: 1 - done,
+    "wsd": lambda done, cooldown: min(1.0, (1 - done) / cooldown),  # warmup, stable, decay: arXiv 2404.06395
+}
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True}  # one kernel for all parameters on CUDA, and on a CPU too
 
 
@@ -67,14 +72,11 @@ def state_of(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -
     }
 
 
-def lr_factor(step: int, schedule: str, warmup_steps: int, total_steps: int) -> float:
+def lr_factor(step: int, schedule: str, warmup_steps: int, total_steps: int, cooldown: float = 0.2) -> float:
     """What the base learning rate is multiplied by at 0-based `step`: linear warmup, then the schedule to zero."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress}[schedule]
+    return SCHEDULES[schedule]((step - warmup_steps) / max(1, total_steps - warmup_steps), cooldown)
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:

@@ -115,6 +115,10 @@ def add_training_arguments(parser: Parser) -> None:
         "--lr-schedule", choices=SCHEDULES, default="constant", help="after the warmup, until the last step"
     )
     group.add_argument(
+        "--cooldown", type=number_in(0.001, 1), default=0.2, help="of schedule wsd: share of the steps, at the end"
+    )
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="muon: of matrices; AdamW of the rest")
+    group.add_argument(
         "--warmup-steps", type=natural_int, default=0, help="steps of linear growth of the learning rate"
     )
     group.add_argument(
@@ -141,7 +145,7 @@ def add_training_arguments(parser: Parser) -> None:
         "--post-hoc-ema",
         type=number_in(1e-3, 0.28),
         nargs="*",
-        default=(),
+        default=[],
         metavar="LENGTH",
         help="keep averages of which weights.py ema makes one of any length: 0.05 0.1, as published, without a LENGTH",
     )
@@ -229,6 +233,7 @@ def add_training_arguments(parser: Parser) -> None:
     parser.add_switch(group, "--wandb", False, "log to Weights & Biases too (pip install wandb)")
 
 
+OPTIMIZERS = ("adamw", "muon")
 BALANCE = ("aux", "sequence", "z", "bias", "none")
 WIDE_BASE = "muP with a base width of {}, more than the model's {}: matrices learn faster than --lr says"
 NEEDS = (  # besides those of objectives.py
@@ -247,6 +252,7 @@ NEEDS = (  # besides those of objectives.py
         "--mup (the standard parametrization has no base)",
     ),
     Need(("z_loss_alpha",), lambda args: "z" in args.balance, "--balance z"),
+    Need(("cooldown",), lambda args: args.lr_schedule == "wsd", "--lr-schedule wsd"),
     Need(("keep_every",), lambda args: args.keep_last > 0, "--keep-last K (all checkpoints are kept)"),
     Need(
         ("metrics_samples", "metrics_ref", "metrics_weights"), lambda args: args.metrics_every > 0, "--metrics-every N"

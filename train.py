@@ -30,6 +30,7 @@ import machine
 import runs
 import training
 from expert_parallel import check_expert_parallel, deal_experts
+from muon import build_muon
 from optim import EMA, build_optimizer, local, set_lr, state_of
 from post_hoc_ema import PowerEMA
 
@@ -98,7 +99,8 @@ class DDPEngine:
         self.module.train()
         self.ema = EMA(self.module, args.ema_decay)
         self.post_hoc = [PowerEMA(self.module, length) for length in args.post_hoc_ema]
-        self.optimizer = build_optimizer(self.module, args.lr, args.weight_decay, args.adam_eps, args.decay_all)
+        build = build_muon if args.optimizer == "muon" else build_optimizer
+        self.optimizer = build(self.module, args.lr, args.weight_decay, args.adam_eps, args.decay_all)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.args.precision == "fp16")
 
     def _place(self) -> nn.Module:

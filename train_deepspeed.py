@@ -264,6 +264,8 @@ class ZeroEngine:
                 raise UsageError(
                     f"{flag} does not go with ZeRO-3, which gathers weights inside each block; use zero2.json"
                 )
+        if args.optimizer == "muon":
+            raise UsageError("--optimizer muon is of train.py: ZeRO's shards are no matrices")
         if args.post_hoc_ema:
             raise UsageError("--post-hoc-ema is of train.py, whose --data-parallel fsdp shards it")
         self.dtype = machine.set_precision(args.precision)

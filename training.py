@@ -266,7 +266,7 @@ def _loop(run: Run, engine: Engine, progress: Progress, saver: "Saver") -> None:
         observed = observed.view(len(counts), -1) if len(observed) else [None] * len(counts)
 
         # Update.
-        lr = args.lr * lr_factor(progress.step, args.lr_schedule, args.warmup_steps, run.total_steps)
+        lr = args.lr * lr_factor(progress.step, args.lr_schedule, args.warmup_steps, run.total_steps, args.cooldown)
         finite = all(math.isfinite(value) for value in means.values())
         update = engine.step(lr, finite)
         progress.step += 1
