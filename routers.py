@@ -420,7 +420,6 @@ ROUTERS = {
     "prototypes": Prototypes,
     "prototypes-expert-choice": PrototypesExpertChoice,
 }
-TOKENS_CHOOSE = ("softmax", "sigmoid", "prototypes")
 
 
 # ---------------------------------------------------------------------------------------------------- balance
