@@ -19,7 +19,7 @@ from cli import UsageError
 from data import load_image
 from extractors import full_precision
 from files import replacing
-from hub import brief, file_of, place_of
+from hub import brief, fetch, file_of, load_network, place_of
 
 NAMES = {"ViT-B/32": "openai/clip-vit-base-patch32", "ViT-L/14": "openai/clip-vit-large-patch14"}
 
@@ -28,21 +28,17 @@ class CLIP:
     """A frozen CLIP of transformers, in fp32: a folder, a hub name, or a key of `NAMES`."""
 
     def __init__(self, path: str, device: torch.device):
-        from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, logging
+        from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
         place = place_of(path, NAMES, "CLIP")
         folder = str(Path(file_of(place, "config.json", "CLIP")).parent)
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        fetch(place, "CLIP")
+        self.network = load_network(CLIPModel, folder, "CLIP", dtype=torch.float32).to(device)
         try:
-            self.network, info = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
             self.processor = CLIPImageProcessor.from_pretrained(folder)
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UsageError(f"cannot load CLIP from {place}: {brief(error)}") from None
-        if missing := info["missing_keys"]:  # transformers would leave these at random values
-            raise UsageError(f"the weights of CLIP in {place} lack {len(missing)} tensors, e.g. {min(missing)}")
-        self.network.to(device).eval().requires_grad_(False)
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(f"cannot load CLIP's tokenizer in {folder}: {brief(error)}") from None
         self.device, self.place = device, place
         self.length = self.network.config.text_config.max_position_embeddings
 

@@ -25,7 +25,7 @@ from typing_extensions import TypedDict
 
 from cli import UsageError
 from clip_score import CLIP
-from hub import brief, file_of, place_of
+from hub import brief, fetch, file_of, load_network, place_of
 from records import parse_record
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # of a detection's score
@@ -198,24 +198,19 @@ class Detector:
     """Mask2Former of transformers, trained on COCO's instances: a folder, a hub name, or a key of `DETECTORS`."""
 
     def __init__(self, path: str, device: torch.device):
-        from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation, logging
+        from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
         place = place_of(path, DETECTORS, "detector")
         folder = str(Path(file_of(place, "config.json", "detector")).parent)
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        fetch(place, "detector")
+        self.network = load_network(Mask2FormerForUniversalSegmentation, folder, "detector").to(device)
         try:
-            loaded = Mask2FormerForUniversalSegmentation.from_pretrained(folder, output_loading_info=True)
-            self.network, info = loaded
             self.processor = AutoImageProcessor.from_pretrained(folder)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UsageError(f"cannot load the detector {place}: {brief(error)}") from None
-        if missing := info["missing_keys"]:
-            raise UsageError(f"the weights of the detector {place} lack {len(missing)} tensors, e.g. {min(missing)}")
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(f"cannot load the detector's preprocessing in {folder}: {brief(error)}") from None
         if self.network.config.num_labels != len(COCO):
             classes = self.network.config.num_labels
             raise UsageError(f"the detector {place} knows {classes} classes, COCO's instances are of {len(COCO)}")
-        self.network.to(device).eval().requires_grad_(False)
         self.device = device
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from cli import UsageError
 
 HUB_TIMEOUT = 3  # seconds until an unreachable hub is given up
+PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]  # of the files of a network and its tokenizer
 
 
 def place_of(path: str, names: dict[str, str], what: str) -> str:
@@ -53,6 +54,38 @@ def file_of(place: str, filename: str, what: str, below: Iterable[str] = ()) -> 
             f"{what} {place} is no folder here and not in the hub's local cache, and its {filename} cannot be "
             f"fetched ({brief(error)}); download it where there is a network and give its folder as {what} path"
         ) from error
+
+
+def load_network(kind, folder: str, what: str, **options):
+    """A network of `transformers`, by one of its classes, from a folder; frozen.
+
+    Raises:
+        UsageError: it cannot be loaded, or tensors are missing, which would be left at random values.
+    """
+    from transformers import logging
+
+    logging.set_verbosity_error()  # else it tells of heads that are not needed
+    logging.disable_progress_bar()
+    try:
+        network, info = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        raise UsageError(f"cannot load the {what} in {folder}: {brief(error)}") from None
+    if missing := info["missing_keys"]:
+        raise UsageError(f"the weights of the {what} in {folder} lack {len(missing)} tensors, e.g. {min(missing)}")
+    return network.eval().requires_grad_(False)
+
+
+def fetch(place: str, what: str) -> None:
+    """Have the files of a network of the hub here; nothing for a folder. Raises UsageError."""
+    if os.path.isabs(place):
+        return
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        snapshot_download(place, allow_patterns=PATTERNS)
+    except (OSError, HTTPError, ValueError) as error:
+        raise UsageError(f"the files of the {what} {place} cannot be fetched ({brief(error)})") from None
 
 
 def brief(error: Exception) -> str:

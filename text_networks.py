@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from cleaning import clean_caption
 from cli import UsageError
-from hub import brief, file_of, place_of
+from hub import brief, fetch, file_of, load_network, place_of
 from records import read_record
 
 NAMES = {
@@ -50,11 +50,11 @@ class TextNetwork:
 
     def __init__(self, place: str, length: int):
         self.place, self.length = place, length or self.length
+        fetch(place, "text encoder")
         try:
             self.tokenizer, self.network = self._tokenizer(), self._network()
         except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
             raise UsageError(f"cannot load the text encoder {place}: {brief(error)}") from None
-        self.network.eval().requires_grad_(False)
         self.width = self.network.config.get_text_config().hidden_size
         self.device = torch.device("cpu")
 
@@ -107,15 +107,8 @@ class TextNetwork:
     def _network(self):
         import transformers
 
-        transformers.logging.set_verbosity_error()  # else it tells of a decoder that it does not need
-        transformers.logging.disable_progress_bar()
         folder = self._folder("text_encoder", "config.json")
-        network, info = self._class(transformers).from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=os.path.isabs(self.place)
-        )
-        if missing := info["missing_keys"]:  # transformers would leave these at random values
-            raise UsageError(f"the weights of {folder} lack {len(missing)} tensors, e.g. {min(missing)}")
-        return network
+        return load_network(self._class(transformers), folder, "text encoder", dtype=torch.float32)
 
 
 class T5(TextNetwork):

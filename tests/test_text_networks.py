@@ -200,3 +200,18 @@ def test_a_run_with_a_network_and_prompts_of_it(folders, tmp_path):
     assert "has kind clip, that of the training t5" in error
     error = script(*other, "--cfg-scale", 1, "--negative-prompt", "a cat", check=2).stderr
     assert "--negative-prompt does nothing without guidance" in error
+
+
+def test_a_hubs_files_are_fetched_before_they_are_read(folders, monkeypatch):
+    """What is asked of the hub, where it would be reached: the configuration first, then all that loading needs."""
+    import huggingface_hub
+
+    import hub
+    import text_networks
+
+    asked = []
+    monkeypatch.setattr(hub, "file_of", lambda place, name, *_, **__: str(folders / "clip" / name))
+    monkeypatch.setattr(text_networks, "file_of", hub.file_of)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda place, allow_patterns: asked.append(place))
+    features, _ = text.open_encoder("owner/clip")(["a cat"])
+    assert asked == ["owner/clip"] and features.shape == (1, 4, 16)
