@@ -745,10 +745,12 @@ def _draws_images(args) -> bool:
 
 
 def run_name(model: str, config: DiTConfig, objective) -> str:
-    """`DiT-S-2-8E2A-rf`, `DiT-S-2-ddpm` for the dense model, `DiT-S-2-mup-ddpm` under muP."""
+    """`DiT-S-2-8E2A-rf`, `DiT-S-2-ddpm` for the dense model, `DiT-S-2-8E2A-sigmoid-mup-ddpm` by parts of its own."""
     experts = f"-{config.num_experts}E{config.num_experts_per_tok}A" if config.num_experts else ""
     mup = "-mup" if is_mup(config) and "muP" not in model else ""
-    return f"{model.replace('/', '-')}{experts}{mup}-{objective.name}"
+    usual = DiT_models.get(model, {}).get("router", "softmax")
+    router = f"-{config.router}" if config.num_experts and config.router != usual else ""
+    return f"{model.replace('/', '-')}{experts}{router}{mup}-{objective.name}"
 
 
 def flags(args) -> dict:
