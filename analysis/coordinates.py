@@ -37,7 +37,7 @@ from models import DiT, DiTBlock
 from moe import MoE
 from objectives import add_objective_arguments, choose_objective
 from optim import build_optimizer
-from training import total_loss
+from training import Balance, total_loss
 
 FACTORS = (1, 2, 4, 8)  # of the base width
 SYNTHETIC = 2  # side of synthetic latents, in patches of the model: with few tokens, small widths are wide enough
@@ -223,7 +223,7 @@ def trajectory(model: DiT, batch: NoisedBatch, y: Tensor, args):
     yield outputs_of_layers(model, batch.x_t, batch.t, y)
     for _ in range(args.steps):
         output, routings = model(batch.x_t, batch.t, y, return_routing=True)
-        loss, _, _ = total_loss(args.objective.loss(output, batch), routings, args.aux_loss_alpha, None)
+        loss, _, _ = total_loss(args.objective.loss(output, batch), routings, Balance(aux=args.aux_loss_alpha), None)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

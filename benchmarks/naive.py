@@ -25,6 +25,10 @@ class NaiveRouting(NamedTuple):
     weights: Tensor  # (T, K) fp32
 
     @property
+    def losses(self) -> dict[str, Tensor]:
+        return {}
+
+    @property
     def tokens_per_expert(self) -> Tensor:
         return F.one_hot(self.expert_ids.flatten(), self.probs.shape[1]).sum(dim=0)
 
@@ -55,7 +59,7 @@ class NaiveMoE(nn.Module):
         pairs = zip(gates_ups, downs, strict=True)
         self.experts = nn.ModuleList(NaiveExpert(*gate_up.chunk(2), down) for gate_up, down in pairs)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, NaiveRouting]:  # (..., D) -> (..., D)
+    def forward(self, x: Tensor, null: Tensor | None = None) -> tuple[Tensor, NaiveRouting]:  # (..., D) -> (..., D)
         tokens = x.flatten(0, -2)  # (T, D)
         with torch.autocast(x.device.type, enabled=False):
             probs = F.linear(tokens.float(), self.gate.weight.float()).softmax(dim=-1)  # (T, E)

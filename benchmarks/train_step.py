@@ -33,7 +33,7 @@ from configuration import DiTConfig, build_config
 from diffusion import RectifiedFlow
 from models import CHECKPOINTING, DiT
 from optim import EMA, build_optimizer
-from training import total_loss
+from training import Balance, total_loss
 
 OBJECTIVE = RectifiedFlow()
 ALPHA = 0.005
@@ -138,7 +138,7 @@ class Trainer:
         noised = OBJECTIVE.noised(batch.x0, batch.noise, batch.u)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out, routings = self.model(noised.x_t, noised.t, batch.labels, return_routing=True)
-        return total_loss(OBJECTIVE.loss(out.float(), noised), routings, ALPHA, None)[0]
+        return total_loss(OBJECTIVE.loss(out.float(), noised), routings, Balance(aux=ALPHA), None)[0]
 
     def step(self, batch: Batch) -> None:
         self.loss(batch).backward()

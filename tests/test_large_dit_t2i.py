@@ -169,6 +169,7 @@ def test_drawn_anew_it_reads_nothing_at_first(golden):
 @pytest.mark.parametrize("row", ["Large-DiT-T2I-Nano/2", "PixArt-XL/2"])
 def test_compiled_without_a_break(row):
     """All of a block in one graph, with what it reads, forward and backward."""
+    torch.compiler.reset()  # of what other tests have compiled
     sizes = dict(depth=1, hidden_size=32, num_heads=4, input_size=8, caption_width=24, caption_length=7, num_experts=2)
     config = build_config(row, qk_norm=True, **sizes)
     models = [DiT(config) for _ in range(2)]

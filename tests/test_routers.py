@@ -332,6 +332,7 @@ def test_dead_experts_are_reported_once(images):
 @traces_fp32
 @pytest.mark.parametrize("kind", ["sigmoid", "expert-choice", "batch-pool", "prototypes-expert-choice"])
 def test_compiled_without_a_break(kind):
+    torch.compiler.reset()  # of what other tests have compiled
     config = DiTConfig(**options(kind))
     models = [randomized(config).train() for _ in range(2)]
     models[1].compile_blocks(fullgraph=True)
