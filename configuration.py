@@ -104,7 +104,7 @@ class DiTConfig:
     router_bias: bool = False  # the choice has a bias for each expert, which follows the load
     norm_topk_prob: bool = False  # divide the K routing weights by their sum
     routed_scaling_factor: float = 1.0  # then multiply them by this
-    moe_layers: str = "all"  # which blocks are MoE: all, every-N, deep-half, shallow-half, or a list such as 0,2,5
+    moe_layers: str = "all"  # which blocks are MoE: all, odd, every-N, deep-half, shallow-half, or a list such as 0,2,5
     parametrization: str = "standard"  # a key of parametrization.PARAMETRIZATIONS
     base_width: int = 0  # of muP: D of the model whose learning rate is tuned; 0: the usual one
     output_mult: float = 1.0  # of muP: what the readout is multiplied by there
@@ -271,6 +271,8 @@ class DiTConfig:
             return ()
         if spec == "all":
             return tuple(range(depth))
+        if spec == "odd":
+            return tuple(range(1, depth, 2))
         if spec == "deep-half":
             return tuple(range(depth // 2, depth))
         if spec == "shallow-half":
@@ -282,7 +284,7 @@ class DiTConfig:
             if chosen[-1] < depth:
                 return chosen
         raise UsageError(
-            f"moe_layers {spec!r} is none of all, every-N (N up to {depth}), deep-half, shallow-half, "
+            f"moe_layers {spec!r} is none of all, odd, every-N (N up to {depth}), deep-half, shallow-half, "
             f"or a list of blocks from 0 to {depth - 1} such as 0,2,5"
         )
 
@@ -404,7 +406,7 @@ MODEL_FLAGS = {  # field of DiTConfig: options of its flag, which has its name
     "routed_scaling_factor": dict(type=number_in(1e-6, 1e6), help="factor of routing weights (default: 1)"),
     "shared_mlp": dict(choices=SHARED_EXPERTS, help="kind of the shared expert (default: swiglu)"),
     "expert_mlp": dict(choices=EXPERTS, help="kind of the routed experts (default: swiglu)"),
-    "moe_layers": dict(help="all, every-N, deep-half, shallow-half, or 0,2,5 (default: all)"),
+    "moe_layers": dict(help="all, odd, every-N, deep-half, shallow-half, or 0,2,5 (default: all)"),
     "norm_topk_prob": dict(type=boolean, nargs="?", const=True, help="divide a token's routing weights by their sum"),
     "norm": dict(choices=NORMS, help="before attention and feed-forward (default: layer; Large-DiT: rms)"),
     "positions": dict(choices=POSITIONS, help="a table, or rotations of query and key (sincos; Large-DiT: rope)"),

@@ -11,6 +11,7 @@ from test_training import assert_same_state
 
 import checkpoint
 import families
+import weights as tool
 from analysis.routing import RoutingData
 from configuration import DiTConfig, build_config, infer_config
 from models import DiT, count_parameters
@@ -378,6 +379,13 @@ def test_published_files_are_taken_as_they_are(name, tmp_path):
             built.blocks[1].moe.gate.published_pool = True
         torch.testing.assert_close(built(*inputs), golden["out.eval_first_alone"], rtol=0, atol=1e-5)
     assert weights.objective in ({"name": "rf", "time_scale": 1000.0}, {"name": "ddpm"})
+    tool.export(weights, tmp_path / "back.pt", None, None)
+    back = torch.load(tmp_path / "back.pt")["ema"]
+    assert back.keys() == theirs.keys() and all(torch.equal(back[key], theirs[key]) for key in theirs)
+
+
+def test_experts_in_odd_blocks():
+    assert DiTConfig(**(SMALL | {"depth": 7, "moe_layers": "odd"})).moe_indices == (1, 3, 5)
 
 
 @pytest.mark.parametrize("kind", ["expert-choice", "batch-pool", "prototypes"])
