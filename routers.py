@@ -136,6 +136,14 @@ class Router(nn.Module):
     def after_step(self, counts: Tensor, observed: Tensor | None) -> None:
         """Told once a step what all processes saw: tokens of each expert (E,), and the mean of `observed`."""
 
+    def _apply(self, fn, recurse: bool = True) -> "Router":
+        """Buffers stay in fp32 when a model is cast: their steps are finer than half precision."""
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                self._buffers[name] = buffer.float()
+        return self
+
     def init_weights(self) -> None:
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
@@ -190,7 +198,7 @@ class TokenChoice(Router):
     @torch.no_grad()
     def after_step(self, counts: Tensor, observed: Tensor | None) -> None:
         if self.config.bias:
-            counts = counts.to(self.bias)
+            counts = counts.to(self.bias.device, torch.float32)
             self.bias.add_(BIAS_STEP * (counts.mean() - counts).sign())
 
     def reset_buffers(self) -> None:
@@ -282,8 +290,7 @@ class BatchPool(Router):
         logits = self.scores(x)
         probs = logits.softmax(dim=-1)
         kept = logits if self.keeps_logits else None
-        with torch.autocast(x.device.type, enabled=False):
-            predicted = self.capacity_predictor(x.detach().float())  # (T, E)
+        predicted = self.predicted(x.detach())
         if not self.training:
             return self._by_predictor(probs, predicted)._replace(logits=kept)
         capacity = capacity_of(self.config, len(x))
@@ -293,6 +300,13 @@ class BatchPool(Router):
         with torch.no_grad():
             last = predicted.sigmoid().topk(capacity, dim=0).values[-1]  # (E,)
         return routing._replace(losses={"capacity": loss}, observed=last)
+
+    def predicted(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, E) logits of being taken, in fp32."""
+        first, _, last = self.capacity_predictor
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = F.silu(F.linear(x.float(), first.weight.float(), first.bias.float()))
+            return F.linear(hidden, last.weight.float(), last.bias.float())
 
     def _by_predictor(self, probs: Tensor, predicted: Tensor) -> Routing:
         """How many tokens there are, the host has to know."""

@@ -15,7 +15,8 @@ import weights as tool
 from analysis.routing import RoutingData
 from configuration import DiTConfig, build_config, infer_config
 from models import DiT, count_parameters
-from routers import ROUTERS, Where
+from moe import ExpertsConfig, MoE
+from routers import ROUTERS, RouterConfig, Where
 
 SMALL = dict(depth=2, hidden_size=32, num_heads=2, input_size=8, patch_size=2, moe_layers="1", num_experts=4)
 PUBLIC = {  # golden file: fields of the model
@@ -237,9 +238,13 @@ def test_every_router_trains_resumes_and_is_sampled(images):
         assert ("contrastive_loss" if kind.startswith("prototypes") else own) in found
         draw = ["sample.py", "--ckpt", whole, "--num-sampling-steps", 2, "--class-labels", 1, 2, "--cfg-scale", 2]
         script(*draw, "--device", "cpu", "--output", images.parent / f"{kind}-images")
+        script(*draw, "--device", "cpu", "--output", images.parent / f"{kind}-half", "--precision", "bf16")
         if kind == "batch-pool":
             tensors = checkpoint.read_tensors(whole / "checkpoints" / "0000004", "model")
             assert tensors["blocks.1.moe.gate.expert_threshold"].any()
+
+
+CONFIG = Path(__file__).parent.parent / "config" / "zero2.json"
 
 
 @pytest.mark.slow
@@ -251,12 +256,14 @@ def test_one_curve_by_every_engine(kind, images):
     """
     flags = ["--router", kind, "--max-steps", 3]
     flags += ["--balance", "bias", "sequence", "--router-groups", 2] if kind == "sigmoid" else []
+    half = ["--precision", "bf16", "--deepspeed_config", CONFIG, "--max-steps", 1]
+    train(images, "half", *flags, *half, script_name="train_deepspeed.py")
     dealt_over, tolerance = (1, 0.02) if kind.startswith("prototypes") else (2, 1e-4)
     one = train(images, "one", *flags, "--activation-checkpointing", "--accum_iter", 2 if kind == "sigmoid" else 1)
     sharded = ["--data-parallel", "fsdp", "--expert-parallel", dealt_over]
     two = train(images, "two", *flags, *sharded, processes=2)
-    config, zero = Path(__file__).parent.parent / "config" / "zero2.json", {"script_name": "train_deepspeed.py"}
-    zero = train(images, "zero", *flags, "--deepspeed_config", config, "--precision", "fp32", processes=2, **zero)
+    zero = {"script_name": "train_deepspeed.py"}
+    zero = train(images, "zero", *flags, "--deepspeed_config", CONFIG, "--precision", "fp32", processes=2, **zero)
     names = ("loss",) if kind == "sigmoid" else ("loss", "balance_loss")  # which is of a micro-batch
     expected = logged(one, *names)
     for run in (two, zero):
@@ -297,6 +304,14 @@ def test_routers_that_do_not_fit_are_one_line(case, images):
         *("train.py", "--data-path", images, "--results-dir", images.parent / "no", *NANO, *flags), check=2
     ).stderr
     assert message in error and "Traceback" not in error and not (images.parent / "no").exists()
+
+
+def test_buffers_stay_in_full_precision():
+    moe = MoE(16, ExpertsConfig(16, RouterConfig(4, 2, "sigmoid", bias=True))).to(torch.bfloat16)
+    assert moe.gate.bias.dtype == torch.float32 and moe.gate.weight.dtype == torch.bfloat16
+    moe.gate.bias.fill_(0.5)
+    moe.gate.after_step(torch.tensor([8192.0, 8193, 8193, 8194]), None)
+    assert moe.gate.bias.tolist() == pytest.approx([0.501, 0.5, 0.5, 0.499])
 
 
 def test_a_bias_evens_out_a_collapsed_load():
