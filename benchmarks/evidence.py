@@ -382,7 +382,7 @@ def report_balance(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
     points = len(steps)
     baseline = stacked(runs["8 experts"], "losses")[:, :points]
     rows = []
-    for (name, mine), color in zip(runs.items(), COLORS, strict=True):
+    for (name, mine), color in zip(runs.items(), COLORS, strict=False):
         setup, losses = SETUPS[name], stacked(mine, "losses")[:, :points]
         label = f"α = {setup.alpha:g}" + (f", {name}" if setup.loss_scale or setup.accumulation > 1 else "")
         style = dict(linestyle="--" if setup.loss_scale else ":" if setup.accumulation > 1 else "-")

@@ -95,7 +95,7 @@ def test_whole_chain_resumes_and_remakes_pictures(tiny, tmp_path, capsys, monkey
     (tmp_path / "runs" / "dense-0.npz").unlink()
     evidence.main(evidence.get_parser().parse_args(flags))
     again = capsys.readouterr().out
-    assert again.count("of training") == 1 + 14  # what was missing, and the runs of the other experiments
+    assert again.count("of training") == 1 + 14 + 9  # what was missing, and the runs of the other experiments
     assert again.split("\nexperts\n")[1].startswith(written.split("\nexperts\n")[1].split("| dense")[0])
     pictures = {path.name: Image.open(path).size for path in tmp_path.glob("*.png")}
     assert set(pictures) == {f"evidence_{name}.png" for name in evidence.EXPERIMENTS}
