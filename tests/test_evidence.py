@@ -20,6 +20,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(evidence, "BASE", evidence.BASE | dict(hidden_size=32, num_heads=2))
     monkeypatch.setattr(evidence, "EVALUATIONS", (3, 5))
     monkeypatch.setattr(evidence, "SWEEP_IMAGES", 20)
+    some = ("dense, scenes", "sigmoid, bias", "batch pool")
+    monkeypatch.setitem(evidence.EXPERIMENTS, "routers", some)
     monkeypatch.setattr(evidence, "JUDGED", {"euler 2": 30})
     for name, setup in evidence.SETUPS.items():
         samples = evidence.sweep(setup.objective) if len(setup.samples) > 1 else {}
@@ -95,7 +97,7 @@ def test_whole_chain_resumes_and_remakes_pictures(tiny, tmp_path, capsys, monkey
     (tmp_path / "runs" / "dense-0.npz").unlink()
     evidence.main(evidence.get_parser().parse_args(flags))
     again = capsys.readouterr().out
-    assert again.count("of training") == 1 + 14 + 9  # what was missing, and the runs of the other experiments
+    assert again.count("of training") == 1 + 14 + 3  # what was missing, and the runs of the other experiments
     assert again.split("\nexperts\n")[1].startswith(written.split("\nexperts\n")[1].split("| dense")[0])
     pictures = {path.name: Image.open(path).size for path in tmp_path.glob("*.png")}
     assert set(pictures) == {f"evidence_{name}.png" for name in evidence.EXPERIMENTS}
