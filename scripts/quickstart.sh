@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 steps=${STEPS:-800}
+samples=${SAMPLES:-1000}
 results=${RESULTS:-results/quickstart}
 data=${DATA:-data/digits}
 
@@ -31,9 +32,9 @@ sampling=(--cfg-scale 1.5 --num-sampling-steps 25)
 echo "== Sampling: a picture with 8 of each digit"
 "$python" sample.py --ckpt "$run" "${sampling[@]}" --images-per-class 8 --png False --output "$run/samples"
 
-echo "== Result: the course of training, then 1000 samples against real digits that were not trained on"
+echo "== Result: the course of training, then $samples samples against real digits that were not trained on"
 "$python" -m scripts.digits curve "$run/metrics.jsonl"
-"$python" calculate_metrics.py eval "$run" "${sampling[@]}" --num-samples 1000 --labels balanced --seed 1 \
+"$python" calculate_metrics.py eval "$run" "${sampling[@]}" --num-samples "$samples" --labels balanced --seed 1 \
   --features pixels --ref "$data/held-out" --train "$data/train" --batch-size 250 --output "$run/metrics.json"
 cat <<END
 picture $run/samples/grid.png (a row for each digit)

@@ -448,8 +448,9 @@ def test_quickstart_reaches_its_goal_and_repeats_itself(tmp_path):
     if not (ROOT / ".venv" / "requirements.installed").is_file():
         pytest.skip("no .venv here: bash scripts/test.sh makes it")
 
-    def quickstart(results: str, steps: int) -> str:
-        variables = {"RESULTS": str(tmp_path / results), "DATA": str(tmp_path / "digits"), "STEPS": str(steps)}
+    def quickstart(results: str, steps: int, samples: int) -> str:
+        variables = {"RESULTS": str(tmp_path / results), "DATA": str(tmp_path / "digits")}
+        variables |= {"STEPS": str(steps), "SAMPLES": str(samples)}
         environment = os.environ | variables | {"OMP_NUM_THREADS": "1"}
         command = ["bash", str(ROOT / "scripts" / "quickstart.sh")]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=True)
@@ -457,10 +458,10 @@ def test_quickstart_reaches_its_goal_and_repeats_itself(tmp_path):
         printed = result.stdout.replace(str(tmp_path / results), "RESULTS")
         return re.sub(speed, "", printed).replace("digits are there already", "digits written")
 
-    printed = quickstart("goal", 800)
+    printed = quickstart("goal", 800, 1000)
     run = tmp_path / "goal" / "000-DiT-Nano-2-4E2A-rf"
     results = json.loads((run / "metrics.json").read_text())
     assert results["samples"]["count"] == 1000 and results["metrics"]["accuracy"] >= 0.99
     assert f"{results['metrics']['accuracy']:.4f}" in printed
     assert (run / "samples" / "grid.png").is_file()
-    assert quickstart("one", 20) == quickstart("two", 20)
+    assert quickstart("one", 20, 100) == quickstart("two", 20, 100)
