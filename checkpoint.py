@@ -39,7 +39,7 @@ from typing_extensions import TypedDict
 from cli import UsageError
 from conditions import Captions, Classes
 from configuration import DiTConfig, infer_config, row_name, usual_heads
-from families import FAMILIES, family_of, from_published, known_of
+from families import FAMILIES, fact, family_of, from_published, known_of
 from files import UNFINISHED, digest, digest_of, flush_to_disk, write_json
 from models import DiT
 from records import BadRecord, Name, OtherVersion, check_record, parse_record, read_record
@@ -398,7 +398,7 @@ class Weights:
         if self.record is not None:
             return self.record["objective"]
         name = self._betrayed_objective()
-        usual = getattr(family_of(self.tensors), "OBJECTIVE", {})
+        usual = fact(family_of(self.tensors), "OBJECTIVE")
         return usual if name in (None, usual.get("name")) else {"name": name}
 
     def _betrayed_objective(self) -> str | None:

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from cli import Parser, UsageError, boolean, natural_int, number_in, positive_int, power_of_two, unknown_name
 from conditions import Captions, Classes
-from families import DiT_models, family_of_row
+from families import DiT_models, fact, family_of_row
 from layers import MLPS, MODULATIONS, MOST_POSITIONS, NORMS, POSITIONS, QK_NORMS, READINGS, sequence_length
 from moe import EXPERTS, SHARED_EXPERTS, ExpertsConfig
 from parametrization import PARAMETRIZATIONS, is_mup
@@ -348,7 +348,7 @@ def build_config(name: str, **options) -> DiTConfig:
         raise unknown_name("model", name, DiT_models)
     options.setdefault("qk_norm", options.get("num_experts", 0) > 0 and name.startswith(("DiT-XL/", "DiT-G/")))
     if options["qk_norm"] is True:
-        options["qk_norm"] = family_of_row(name).QK_NORM
+        options["qk_norm"] = fact(family_of_row(name), "QK_NORM")
     row = DiT_models[name]
     if options.get("parametrization") == "mup" and row.get("parametrization", "").startswith("mup"):
         options["parametrization"] = row["parametrization"]  # the row's own kind of muP
@@ -356,7 +356,7 @@ def build_config(name: str, **options) -> DiTConfig:
     if values.get("parametrization", "standard") == "standard" and "base_width" not in options:
         values.pop("base_width", None)
     config = DiTConfig(**values)
-    if family_of_row(name).EXPERTS_ARE_MLPS and "expert_ratio" not in options:
+    if fact(family_of_row(name), "EXPERTS_ARE_MLPS") and "expert_ratio" not in options:
         config = replace(config, expert_ratio=config.mlp_width / config.hidden_size)
     return config
 

@@ -9,24 +9,14 @@ COMMON = {
     **{"patch_size": 2, "num_experts_per_tok": 1, "num_shared_experts": 0, "expert_mlp": "gelu"},
     **{"moe_layers": "every-2", "expert_ratio": 4.0},
 }
-
-
-def _size(name: str) -> dict:
-    depth, width, heads = dit.SIZES[name]
-    return {"depth": depth, "hidden_size": width, "num_heads": heads, **COMMON}
-
-
 EXPERTS = {"S": 16, "B": 8, "L": 8, "XL": 8}  # as published
 ROWS = {
-    f"DiffMoE-{name}/2": _size(name) | {"router": "batch-pool", "num_experts": experts}
+    f"DiffMoE-{name}/2": dit.size_of(name) | COMMON | {"router": "batch-pool", "num_experts": experts}
     for name, experts in EXPERTS.items()
 }
-ROWS |= {"EC-DiT-L/2": _size("L") | {"router": "expert-choice", "num_experts": 8}}
-QK_NORM = "head"
-EXPERTS_ARE_MLPS = False
+ROWS |= {"EC-DiT-L/2": dit.size_of("L") | COMMON | {"router": "expert-choice", "num_experts": 8}}
 TRAINING = {"rf": True, "time_scale": 1000.0}  # flags of train.py whose defaults are others
 OBJECTIVE = {"name": "rf", "time_scale": 1000.0}
-TEXTS: dict = {}
 
 
 def KNOWN(names: list[str]) -> dict:
@@ -37,7 +27,7 @@ def KNOWN(names: list[str]) -> dict:
 
 MARK = re.compile(r"blocks\.\d+\.mlp\.gate_weight")
 
-NAMES = NAMES_WRITTEN = NameMap(
+NAMES = NameMap(
     rule("blocks.{b}.moe.gate.weight", "blocks.{b}.mlp.gate_weight"),
     rule("blocks.{b}.moe.gate.capacity_predictor.0.{w}", "blocks.{b}.mlp.capacity_predictor.0.{w}"),
     rule("blocks.{b}.moe.gate.capacity_predictor.2.{w}", "blocks.{b}.mlp.capacity_predictor.2.{w}"),

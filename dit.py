@@ -12,9 +12,16 @@ SIZES = {  # depth, hidden size, heads
     "XL": (28, 1152, 16),
     "G": (40, 1408, 16),
 }
+
+
+def size_of(name: str) -> dict:
+    """The fields of `DiTConfig` that `SIZES` are of."""
+    return dict(zip(("depth", "hidden_size", "num_heads"), SIZES[name], strict=True))
+
+
 ROWS = {
-    f"DiT-{size}/{patch}": dict(depth=depth, hidden_size=hidden, patch_size=patch, num_heads=heads)
-    for size, (depth, hidden, heads) in SIZES.items()
+    f"DiT-{size}/{patch}": size_of(size) | {"patch_size": patch}
+    for size in SIZES
     for patch in ((2,) if size in ("Nano", "G") else (2, 4, 8))
 }
 ROWS |= {  # DiT-muP (arXiv 2505.15270): heads of 72, trained under muP
@@ -23,10 +30,6 @@ ROWS |= {  # DiT-muP (arXiv 2505.15270): heads of 72, trained under muP
     )
     for heads in (2, 4, 8, 16)
 }
-QK_NORM = "head"
-EXPERTS_ARE_MLPS = False  # experts of 4 D, whatever the feed-forward
-TRAINING: dict = {}
-TEXTS: dict = {}
 MARK = re.compile(r"blocks\.0\.attn\.(qkv|Wqkv)\.weight")
 
 EXPERTS = (

@@ -16,17 +16,14 @@ COMMON = {
     **{"router": "sigmoid", "router_bias": True, "router_groups": 2, "router_kept_groups": 2, "norm_topk_prob": True},
     **{"routed_scaling_factor": 2.0, "positions": "rope2d-half"},
 }
-QK_NORM = "head"
-EXPERTS_ARE_MLPS = False
 TRAINING = {"rf": True, "time_scale": 1000.0}  # flags of train.py whose defaults are others
 OBJECTIVE = {"name": "rf", "time_scale": 1000.0}
-TEXTS: dict = {}
 FACTS = ("router", "router_groups", "router_kept_groups", "norm_topk_prob", "routed_scaling_factor", "positions", "mlp")
 # Of its files, where flags say nothing else.
 KNOWN = {name: COMMON[name] for name in (*FACTS, "num_experts_per_tok", "num_shared_experts")}
 MARK = re.compile(r"blocks\.\d+\.mlp\.gate\.e_score_correction_bias")
 
-NAMES = NAMES_WRITTEN = NameMap(
+NAMES = NameMap(
     rule("blocks.{b}.moe.gate.weight", "blocks.{b}.mlp.gate.weight"),
     rule("blocks.{b}.moe.gate.bias", "blocks.{b}.mlp.gate.e_score_correction_bias"),
     rule(

@@ -4,15 +4,19 @@ What a family's module has:
 
     ROWS             name of --model -> fields of `DiTConfig`
     NAMES            the names in its files (`names.NameMap`); MARK, a pattern of one that no other family has
+    NAMES_WRITTEN    those of new ones, where files of several spellings are read
     spells(config)   whether its names can say all that a model has
+    find_folder, read_folder, known, description    where its checkpoints are folders, and what these tell
+    write_folder                                    and how such a folder is written
+
+And where it is not as in `USUAL`, which `fact` knows:
+
     QK_NORM          which one its published models have, where they have one
     EXPERTS_ARE_MLPS whether an expert is as wide as the feed-forward, where no flag says how wide
     TRAINING         flags of train.py whose defaults are others
     OBJECTIVE        what its files were trained with, where they do not tell
     KNOWN            fields of `DiTConfig` that its files have and shapes do not tell, or what makes them of names
     TEXTS            fields of `DiTConfig` that its rows have when they read texts
-    find_folder, read_folder, known, description    where its checkpoints are folders, and what these tell
-    write_folder                                    and how such a folder is written
 
 The first family that recognises a file takes it; DiT takes what no other one does.
 """
@@ -30,8 +34,14 @@ import pixart
 import promoe
 from names import without_wrappers
 
+USUAL = {"QK_NORM": "head", "EXPERTS_ARE_MLPS": False, "TRAINING": {}, "OBJECTIVE": {}, "KNOWN": {}, "TEXTS": {}}
 FAMILIES = (large_dit, pixart, promoe, diffmoe, dsmoe, dit)
 DiT_models: dict[str, dict] = {name: row for family in reversed(FAMILIES) for name, row in family.ROWS.items()}
+
+
+def fact(family, name: str):
+    """What a family's module says of itself, or what is usual: `name` is one of `USUAL`."""
+    return getattr(family, name, USUAL[name])
 
 
 def family_of(names: Iterable[str]):
@@ -43,7 +53,7 @@ def family_of(names: Iterable[str]):
 def known_of(names: Iterable[str]) -> dict:
     """What the names of a file say of its model, beside what shapes do: `KNOWN` of its family."""
     names = list(names)
-    facts = getattr(family_of(names), "KNOWN", {})
+    facts = fact(family_of(names), "KNOWN")
     return facts(names) if callable(facts) else facts
 
 
@@ -69,5 +79,5 @@ def to_published(state_dict: Mapping[str, Tensor], flash_names: bool = False, co
     `flash_names` writes `Wqkv`/`out_proj`, as the published XL and G files of DiT-MoE have.
     """
     family = dit if config is None else family_for(config)
-    names = dit.FLASH_NAMES if family is dit and flash_names else family.NAMES_WRITTEN
+    names = dit.FLASH_NAMES if family is dit and flash_names else getattr(family, "NAMES_WRITTEN", family.NAMES)
     return names.to_theirs(state_dict, config)

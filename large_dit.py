@@ -57,7 +57,7 @@ def _qkv_rows(config) -> list[int]:
     return [head * heads for heads in (config.num_heads, config.kv_heads, config.kv_heads)]
 
 
-NAMES = NAMES_WRITTEN = NameMap(
+NAMES = NameMap(
     # An embedding of patches cut out in the order (C, p, p) is the convolution with that kernel.
     rule(
         "x_embedder.proj.weight",

@@ -15,15 +15,13 @@ ROWS = {
         for heads in (2, 4, 8, 16)
     },
 }
-QK_NORM = "head"
-EXPERTS_ARE_MLPS = False
 TRAINING = {  # flags of train.py whose defaults are others
     **{"weight_decay": 0.03, "decay_all": True, "adam_eps": 1e-10, "grad_clip": 0.01, "warmup_steps": 1000},
 }
 TEXTS = {"modulation": "single"}
 MARK = re.compile(r"blocks\.0\.scale_shift_table")
 
-NAMES = NAMES_WRITTEN = NameMap(
+NAMES = NameMap(
     rule("blocks.{b}.adaLN_modulation.table", "blocks.{b}.scale_shift_table"),
     rule("final_layer.adaLN_modulation.table", "final_layer.scale_shift_table"),
 )

@@ -14,21 +14,14 @@ COMMON = {
     **{"shared_expert_ratio": 2.0, "expert_mlp": "gelu", "shared_mlp": "gelu", "moe_layers": "every-2"},
     "router": "prototypes",
 }
-ROWS = {
-    f"ProMoE-{size}/2": dict(depth=depth, hidden_size=width, num_heads=heads, **COMMON)
-    for size, (depth, width, heads) in dit.SIZES.items()
-    if size in ("S", "B", "L", "XL")
-}
-QK_NORM = "head"
-EXPERTS_ARE_MLPS = False
+ROWS = {f"ProMoE-{size}/2": dit.size_of(size) | COMMON for size in ("S", "B", "L", "XL")}
 TRAINING = {"rf": True, "time_scale": 1000.0}  # flags of train.py whose defaults are others
 OBJECTIVE = {"name": "rf", "time_scale": 1000.0}
-TEXTS: dict = {}
 # Of its files, where flags say nothing else.
 KNOWN = {"router": "prototypes", "num_experts_per_tok": 1, "num_shared_experts": 1}
 MARK = re.compile(r"blocks\.\d+\.mlp\.cluster_centers")
 
-NAMES = NAMES_WRITTEN = NameMap(
+NAMES = NameMap(
     rule("blocks.{b}.moe.gate.weight", "blocks.{b}.mlp.cluster_centers"),
     rule("blocks.{b}.moe.experts.fc1_{w}", "blocks.{b}.mlp.experts.{e}.up_proj.{w}"),
     rule("blocks.{b}.moe.experts.fc2_{w}", "blocks.{b}.mlp.experts.{e}.down_proj.{w}"),

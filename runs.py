@@ -55,7 +55,7 @@ from configuration import (
     row_said,
 )
 from data import AS_BEFORE, BatchSchedule, ImageData, Reading, require_folder
-from families import DiT_models, family_of_row
+from families import DiT_models, fact, family_of_row
 from files import digest, write_json
 from latents import LatentShards, open_features
 from layers import check_attention
@@ -461,7 +461,7 @@ def _choose(args, processes: distributed.Processes) -> Choices:
         args.post_hoc_ema = sorted(set(args.post_hoc_ema or USUAL))
     args.vae_path = vae_below(args, args.vae_path)
     if args.model in DiT_models:
-        for name, value in family_of_row(args.model).TRAINING.items():
+        for name, value in fact(family_of_row(args.model), "TRAINING").items():
             if name not in args.given:
                 setattr(args, name, value)
     if args.keep_last == 1:
@@ -633,7 +633,8 @@ def of_texts(model: DiTConfig, encoder: text.TextEncoder | None, args, weights) 
         raise UsageError(f"--text-encoder {args.text_encoder} contradicts {args.init_from}, which is of {was}")
     fields = {"caption_width": encoder.width, "caption_length": encoder.length}
     if weights is None and not model.caption_width:
-        fields |= {name: value for name, value in family_of_row(row_said(args)).TEXTS.items() if name not in args.given}
+        usual = fact(family_of_row(row_said(args)), "TEXTS")
+        fields |= {name: value for name, value in usual.items() if name not in args.given}
     return dataclasses.replace(model, **fields)
 
 

@@ -19,31 +19,20 @@ from moe import ExpertsConfig, MoE
 from routers import ROUTERS, RouterConfig, Where
 
 SMALL = dict(depth=2, hidden_size=32, num_heads=2, input_size=8, patch_size=2, moe_layers="1", num_experts=4)
+OF_PROMOE = dict(
+    num_experts_per_tok=1,
+    expert_ratio=2.0,
+    expert_mlp="gelu",
+    num_shared_experts=1,
+    shared_expert_ratio=2.0,
+    shared_mlp="gelu",
+)
+OF_DIFFMOE = dict(num_experts_per_tok=1, expert_ratio=4.0, expert_mlp="gelu", num_shared_experts=0)
 PUBLIC = {  # golden file: fields of the model
-    "router_promoe_tc": dict(
-        router="prototypes",
-        num_experts_per_tok=1,
-        expert_ratio=2.0,
-        expert_mlp="gelu",
-        num_shared_experts=1,
-        shared_expert_ratio=2.0,
-        shared_mlp="gelu",
-    ),
-    "router_promoe_ec": dict(
-        router="prototypes-expert-choice",
-        num_experts_per_tok=1,
-        expert_ratio=2.0,
-        expert_mlp="gelu",
-        num_shared_experts=1,
-        shared_expert_ratio=2.0,
-        shared_mlp="gelu",
-    ),
-    "router_ecdit": dict(
-        router="expert-choice", num_experts_per_tok=1, expert_ratio=4.0, expert_mlp="gelu", num_shared_experts=0
-    ),
-    "router_diffmoe": dict(
-        router="batch-pool", num_experts_per_tok=1, expert_ratio=4.0, expert_mlp="gelu", num_shared_experts=0
-    ),
+    "router_promoe_tc": OF_PROMOE | {"router": "prototypes"},
+    "router_promoe_ec": OF_PROMOE | {"router": "prototypes-expert-choice"},
+    "router_ecdit": OF_DIFFMOE | {"router": "expert-choice"},
+    "router_diffmoe": OF_DIFFMOE | {"router": "batch-pool"},
     "router_dsmoe": dict(
         router="sigmoid",
         router_bias=True,
