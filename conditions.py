@@ -151,6 +151,8 @@ class Captions:
         return True if self.dropout > 0 else None
 
     def drop(self, batch: Prompts, u: Tensor) -> Prompts:
+        if self.null is None:
+            return batch
         dropped = u < self.dropout
         if self.nothing is None:
             return batch._replace(null=dropped)

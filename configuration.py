@@ -263,6 +263,12 @@ class DiTConfig:
         )
         return ExpertsConfig(self.expert_width, router, self.shared_width, self.expert_mlp, self.shared_mlp)
 
+    def has(self, name: str, value) -> bool:
+        """Whether a field has a value, or one of another spelling that says the same."""
+        if name == "moe_layers":
+            return replace(self, moe_layers=value).moe_indices == self.moe_indices
+        return getattr(self, name) == value
+
     @property
     def moe_indices(self) -> tuple[int, ...]:
         """The blocks whose MLP is a mixture of experts, ascending."""
@@ -363,7 +369,8 @@ def build_config(name: str, **options) -> DiTConfig:
 
 def is_row(config: DiTConfig, name: str) -> bool:
     """Whether a configuration has all that a row of `DiT_models` says."""
-    return all(getattr(config, key) == value for key, value in DiT_models[name].items())
+    row = DiT_models[name]
+    return config.depth == row["depth"] and all(config.has(key, value) for key, value in row.items())
 
 
 def row_name(config: DiTConfig) -> str | None:

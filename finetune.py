@@ -29,7 +29,8 @@ class Start:
     fresh: tuple[str, ...]  # parts that are not taken
 
     def state_dict(self, model: DiT, seed: int) -> dict[str, Tensor]:
-        """What to put into `model`, by name; other parameters stay as they were drawn.
+        """What to put into `model`, by name, buffers too; other parameters stay as they were drawn. Positions are not
+        of it, as they belong to the size of the image.
 
         Raises:
             UsageError: names or shapes differ beyond what is known to.
@@ -39,7 +40,8 @@ class Start:
         if self.rows is not None:
             meta[TABLE] = expected[TABLE]
         checkpoint.check_fit(expected, replace(self.weights, meta=meta), any_size=True)
-        tensors = {name: t for name, t in self.weights.state_dict.items() if not name.startswith(self.fresh)}
+        left = ("pos_embed", *self.fresh)
+        tensors = {name: t for name, t in self.weights.state_dict.items() if not name.startswith(left)}
         if self.rows is not None:
             tensors[TABLE] = self._table(tensors[TABLE], seed)
         return tensors

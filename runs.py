@@ -602,7 +602,7 @@ def choose_model(args, weights: checkpoint.Weights | None) -> DiTConfig:
         if isinstance(value, bool) and name == "qk_norm":  # of whichever kind
             same = value == (config.qk_norm != "none")
         else:
-            same = value == getattr(config, name)
+            same = config.has(name, value)
         if not same:
             flag = said(args, name, value) if name in args.given else args.model
             looks = checkpoint.describe(config)

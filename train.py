@@ -94,8 +94,8 @@ class DDPEngine:
         self.module = runs.new_network(run, self.blocks_are_whole)
         self.model = self._place()
         if run.start is not None:
-            weights, named = run.start.state_dict(self.module, args.global_seed), dict(self.module.named_parameters())
-            fill({name: named[name] for name in weights.keys() & named.keys()}, weights)
+            weights, ours = run.start.state_dict(self.module, args.global_seed), self._tensors()
+            fill({name: ours[name] for name in weights}, weights)
         self.module.train()
         self.ema = EMA(self.module, args.ema_decay)
         self.post_hoc = [PowerEMA(self.module, length) for length in args.post_hoc_ema]
@@ -166,11 +166,15 @@ class DDPEngine:
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers, by name."""
+        return dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+
     def state(self) -> dict[str, dict[str, Tensor]]:
         """All tensors that a resumed run needs, by part and name; they share memory with the engine's own."""
         named, buffers = dict(self.module.named_parameters()), dict(self.module.named_buffers())
         return {
-            "model": named | buffers,
+            "model": self._tensors(),
             "ema": self.ema.as_parameters(self.module) | buffers,
             "optimizer": state_of(self.optimizer, named),
             **{average.part: average.state(self.module) for average in self.post_hoc},

@@ -293,8 +293,12 @@ class ZeroEngine:
         if run.start is not None:
             with torch.device("meta"):
                 model = DiT(run.config)  # the module's own parameters may be cut
-            self._fill(self.masters, run.start.state_dict(model, args.global_seed))
+            weights = run.start.state_dict(model, args.global_seed)
+            self._fill(self.masters, weights)
             self._publish()
+            for name, buffer in self.module.named_buffers():
+                if name in weights:
+                    buffer.copy_(weights[name])
         self.ema = [flat.detach().clone() for flat in self.masters]
         self.cpu_group = dist.new_group(backend="gloo")  # for checkpoints, which are written while training goes on
         self.held: list[tuple[Path, io.BytesIO]] = []

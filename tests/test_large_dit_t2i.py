@@ -1,6 +1,7 @@
 """Large-DiT-T2I against the public code: outputs, guidance, gradients, images of several sizes, folders."""
 
 import argparse
+import dataclasses
 
 import pytest
 import torch
@@ -202,6 +203,8 @@ def test_no_text_is_the_empty_one():
     dropped = kind.drop(batch, torch.tensor([0.9, 0.1]))
     assert dropped.mask.sum(dim=1).tolist() == [1, 2] and (dropped.features[1, :2] == 7).all()
     one = kind.batch(["a"], torch.device("cpu"))
+    kept = dataclasses.replace(kind, dropout=0.0)
+    assert kept.drop(batch, torch.zeros(2)) is batch
     seen = []
     denoise = classifier_free_guidance(lambda x, t, c: seen.append(c) or x, one, kind.null_of(one), 2.0, time_scale=1.0)
     denoise(torch.zeros(1, 4, 2, 2), 0.5)

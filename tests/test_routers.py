@@ -13,7 +13,7 @@ import checkpoint
 import families
 import weights as tool
 from analysis.routing import RoutingData
-from configuration import DiTConfig, build_config, infer_config
+from configuration import DiTConfig, build_config, infer_config, row_name
 from models import DiT, count_parameters
 from moe import ExpertsConfig, MoE
 from routers import ROUTERS, RouterConfig, Where
@@ -361,6 +361,28 @@ def test_a_run_goes_on_with_another_router(images):
     assert (model["router"], model["router_bias"], model["norm_topk_prob"]) == ("sigmoid", True, True)
     error = script("train.py", *where, "--init-from", first, "--router", "prototypes", check=2).stderr
     assert "router softmax has 4 experts, prototypes 5: experts cannot be taken over" in error
+
+
+@pytest.mark.parametrize("script_name", ["train.py", pytest.param("train_deepspeed.py", marks=pytest.mark.slow)])
+def test_a_run_begins_with_the_biases_of_a_file(images, script_name):
+    router = ["--router", "sigmoid", "--balance", "bias", "--max-steps", 1]
+    tensors = dict(checkpoint.load_weights(train(images, "first", *router)).state_dict)
+    biases = tensors["blocks.1.moe.gate.bias"] = torch.arange(4.0)
+    torch.save({"model": tensors, "ema": tensors}, images.parent / "x.pt")
+    zero = ["--deepspeed_config", CONFIG] if "deepspeed" in script_name else []
+    run = train(images, "next", *router, *zero, "--init-from", images.parent / "x.pt", script_name=script_name)
+    ours = checkpoint.load_weights(run).state_dict["blocks.1.moe.gate.bias"]
+    assert ((ours - biases).abs() < 0.01).all()  # one step of the rule
+
+
+@pytest.mark.parametrize("name", ["ProMoE-S/2", "EC-DiT-L/2", "DiffMoE-S/2", "DSMoE-S/2"])
+def test_files_of_published_rows_are_known_as_such(name):
+    row = build_config(name)
+    with torch.device("meta"):
+        theirs = families.to_published(DiT(row).state_dict(), config=row)
+    known = families.known_of(theirs) | {"num_heads": row.num_heads, "input_size": row.input_size}
+    shapes = {key: tuple(value.shape) for key, value in families.from_published(theirs).items()}
+    assert row_name(infer_config(shapes, **known)) == name
 
 
 @pytest.mark.parametrize("name", PUBLIC)
