@@ -7,6 +7,7 @@ deepest red at most what an expert can have, E/K.
 """
 
 import math
+import textwrap
 from collections.abc import Callable
 
 import numpy as np
@@ -36,7 +37,9 @@ def draw(by: str, data: RoutingData, half: str = "conditional", of: str = "load"
         figure = (MAPS | MAPS_OF_TEXTS)[by](data, half, of)
         what = {"load": "Expert load", "probability": "Router probability"}[of]
         shown = "both halves" if by == "layer" else f"{half} half"
-        figure.suptitle(f"{what} by {by}  ·  {plain(data.about['model'])}  ·  {shown}", fontsize=11)
+        axis = name_of_classes(data) if by == "class" else by
+        title = f"{what} by {axis}  ·  {plain(data.about['model'])}  ·  {shown}"
+        figure.suptitle(textwrap.fill(title, int(12 * figure.get_figwidth())), fontsize=11)
         return figure
 
 
@@ -59,7 +62,7 @@ def by_class(data: RoutingData, half: str, of: str) -> Figure:
         image = heat_map(axes, layer, load, data, of)
         integer_ticks(axes.xaxis, layer.shape[1])
         class_ticks(axes.yaxis, data)
-    finish_panels(figure, panels, image, "expert", "class", of)
+    finish_panels(figure, panels, image, "expert", name_of_classes(data), of)
     return figure
 
 
@@ -242,11 +245,16 @@ def integer_ticks(axis, count: int) -> None:
         axis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=[1, 2, 4, 5, 8, 10]))
 
 
+def name_of_classes(data: RoutingData) -> str:
+    return "prompt" if data.of_texts else "class"
+
+
 def class_ticks(axis, data: RoutingData) -> None:
     """Every class by its name if they are few, else some by their labels."""
     classes = data.about["classes"]
     if len(classes) <= 20:
-        axis.set_ticks(range(len(classes)), [plain(shortened(name)) for name in data.about["class_names"]])
+        most = 40 if data.of_texts else 16  # prompts often begin alike
+        axis.set_ticks(range(len(classes)), [plain(shortened(name, most)) for name in data.about["class_names"]])
     else:
         places = [round(place) for place in MaxNLocator(10, integer=True).tick_values(0, len(classes) - 1)]
         places = [place for place in places if 0 <= place < len(classes)]

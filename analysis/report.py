@@ -98,7 +98,7 @@ def example(data: RoutingData, index: int, choices: np.ndarray) -> dict:
     label = data.about["example_labels"][index]
     name = data.about["class_names"][data.about["classes"].index(label)]
     return {
-        "title": f"image {data.about['examples'][index]}: {'prompt' if data.of_texts else 'class'} {label}"
+        "title": f"image {data.about['examples'][index]}: {plots.name_of_classes(data)} {label}"
         + ("" if name == str(label) else f", {name}"),
         "image": picture(data["example_images"][index]),
         "choices": base64.b64encode(choices.astype(choices.dtype.newbyteorder("<")).tobytes()).decode(),
