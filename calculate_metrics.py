@@ -55,9 +55,7 @@ def get_parser() -> Parser:
     group.add_argument("--output", type=Path, required=True, help=".npz file to write")
     group.add_argument("--image-size", type=positive_int, help="cut the images of a folder to it, as training does")
     add_feature_arguments(group)
-    group.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one"
-    )
+    machine.add_device_argument(group)
 
     command = commands.add_parser("clip", help="how near images are to their captions, 100 times the cosine of CLIP's")
     command.set_defaults(command=score_captions)
@@ -66,7 +64,8 @@ def get_parser() -> Parser:
     group.add_argument("--clip-weights", default="ViT-B/32", help=f"folder, hub name, or {', '.join(clip_score.NAMES)}")
     command.add_switch(group, "--names-are-captions", False, "images are called by their captions")
     group.add_argument("--output", "--save-path", type=Path, help="CSV file for the score of each image")
-    add_machine_arguments(group)
+    group.add_argument("--batch-size", type=positive_int, default=32, help="images a process takes at once")
+    machine.add_device_argument(group)
 
     command = commands.add_parser("geneval", help="whether the objects that GenEval's prompts ask for are there")
     command.set_defaults(command=judge_objects)
@@ -75,15 +74,8 @@ def get_parser() -> Parser:
     group.add_argument("--detector", default="mask2former", help="Mask2Former on COCO instances: folder or hub name")
     group.add_argument("--clip-weights", default="ViT-L/14", help="reads colours: folder, hub name, or a name as above")
     group.add_argument("--output", "--outfile", type=Path, help="JSON lines, an image each")
-    add_machine_arguments(group)
+    machine.add_device_argument(group)
     return parser
-
-
-def add_machine_arguments(group) -> None:
-    group.add_argument("--batch-size", type=positive_int, default=32, help="images a process takes at once")
-    group.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one"
-    )
 
 
 def add_feature_arguments(group) -> None:

@@ -39,6 +39,7 @@ from autoencoders import SpaceInfo, space_info
 from caption_features import FeatureShards, StoredTexts
 from cli import UsageError
 from data import FileSamples, ImageData, Reading, Samples, draw_randomness, is_data, parallel, require_folder
+from files import lines_of
 from hub import brief
 from latents import MANIFEST, LatentShards, read_manifest
 from prompts import LONGEST
@@ -123,11 +124,15 @@ class CaptionedSamples(Samples):
 
     def fingerprint(self) -> str:
         """As of the images, and over the captions, or how many of them each image has."""
+        return self._with_captions(self.images.fingerprint())
+
+    def _with_captions(self, images: str) -> str:
         captions = self.first.tobytes() if self.texts is None else self.texts.digest()
-        return hashlib.sha256(self.images.fingerprint().encode() + captions).hexdigest()
+        return hashlib.sha256(images.encode() + captions).hexdigest()
 
     def record(self) -> dict:
-        record = self.images.record() | {"fingerprint": self.fingerprint()}
+        record = self.images.record()
+        record["fingerprint"] = self._with_captions(record["fingerprint"])
         del record["class_names"]
         return record | {"captions": self.known()}
 
@@ -242,7 +247,7 @@ def _of_table(table: Path) -> list[tuple[str, str]]:
     pairs, is_csv = [], table.suffix == ".csv"
     try:
         with open(table, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file)) if is_csv else file.read().splitlines()
+            rows = list(csv.DictReader(file)) if is_csv else lines_of(file)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{table} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     for number, row in enumerate(rows, start=2 if is_csv else 1):
@@ -272,8 +277,8 @@ def _of_meta(path: Path) -> list[tuple[str, str]]:
 
 def _of_items(path: str, root: str | None, ratio: float) -> list[tuple[str, str]]:
     try:
-        content = Path(path).read_text(encoding="utf-8")
-        items = list(map(json.loads, content.splitlines())) if path.endswith(".jsonl") else json.loads(content)
+        with open(path, encoding="utf-8") as file:
+            items = list(map(json.loads, lines_of(file))) if path.endswith(".jsonl") else json.load(file)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if ratio < 1:
@@ -367,7 +372,8 @@ class NpzFeatures:
         path = self.folder / f"{os.fsdecode(self.names[number])}.npz"
         try:
             with np.load(path, allow_pickle=False) as file:
-                features = file["caption_feature"].reshape(-1, file["caption_feature"].shape[-1])
+                features = file["caption_feature"]  # each access reads and unpacks it
+                features = features.reshape(-1, features.shape[-1])
                 mask = file["attention_mask"].reshape(-1) if "attention_mask" in file.files else np.ones(len(features))
         except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
             raise UsageError(f"{path} holds no features of a caption: {brief(error)}") from None

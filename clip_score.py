@@ -16,7 +16,7 @@ from torch import Tensor
 import distributed
 from captions import read_captions
 from cli import UsageError
-from data import load_image
+from data import is_data, load_image
 from extractors import full_precision
 from files import replacing
 from hub import brief, fetch, file_of, load_network, place_of
@@ -76,7 +76,7 @@ def open_pairs(path: Path, names_are_captions: bool = False) -> tuple[Path, list
 
     if not path.is_dir():
         raise UsageError(f"{path} is not a folder of images")
-    names = sorted(file.name for file in path.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
+    names = sorted(filter(is_data, (file.name for file in path.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)))
     if not names:
         raise UsageError(f"no images in {path}")
     return path, [(name, Path(name).stem) for name in names]

@@ -180,8 +180,12 @@ class Captions:
             return None
         if self.nothing is None:
             return batch._replace(null=torch.ones_like(batch.null))
-        one, count = self.batch([self.nothing], batch.mask.device), len(batch.mask)
-        return Prompts(*(each.expand(count, *each.shape[1:]) for each in one))
+        count, device = len(batch.mask), batch.mask.device
+        return Prompts(*(each.to(device).expand(count, *each.shape[1:]) for each in self._of_nothing))
+
+    @cached_property
+    def _of_nothing(self) -> Prompts:
+        return self.batch([self.nothing], torch.device("cpu"))
 
     # ------------------------------------------------------------------------------------------------------ of requests
 

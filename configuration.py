@@ -263,6 +263,11 @@ class DiTConfig:
         )
         return ExpertsConfig(self.expert_width, router, self.shared_width, self.expert_mlp, self.shared_mlp)
 
+    @property
+    def pools_batch(self) -> bool:
+        """Whether experts choose from a whole batch in training, and the host asks how many tokens in sampling."""
+        return self.num_experts > 0 and self.router == "batch-pool"
+
     def has(self, name: str, value) -> bool:
         """Whether a field has a value, or one of another spelling that says the same."""
         if name == "moe_layers":

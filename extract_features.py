@@ -95,9 +95,7 @@ def get_parser() -> cli.Parser:
     parser.add_switch(group, "--verify", False, "only compare finished features with their manifest, byte by byte")
 
     group = parser.add_argument_group("machine")
-    group.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one"
-    )
+    machine.add_device_argument(group)
     group.add_argument("--precision", choices=machine.PRECISIONS, help="of the autoencoder: fp16 on a GPU, else fp32")
     group.add_argument("--local-rank", type=int, help="set by launchers; not used")
     return parser
@@ -216,7 +214,7 @@ def open_inputs(args):
         cli.check_needs(args, (NEEDS_ENCODER,))
         data = ImageData(args.data_path, args.image_size, facts, **settings)
     else:
-        encoder = text.open_encoder(args.text_encoder, args.max_text_tokens or 0)
+        encoder = text.encoder_of(args)
         captions = open_captioned(args.data_path, args.image_size, facts, **settings)
         data = captions.images
     at_most = MAX_SHARDS // (1 if captions is None else 2)

@@ -83,6 +83,11 @@ def replace_lines(path: Path, records: Iterable[dict]) -> None:
             file.write(f"{json.dumps(record, ensure_ascii=False)}\n".encode(errors="backslashreplace"))
 
 
+def lines_of(file: Iterable[str]) -> list[str]:
+    """Of an open file of texts: they end with its newlines alone, as texts may hold what Unicode calls a line's end."""
+    return [line.rstrip("\r\n") for line in file]
+
+
 def _as_json(record: dict | list) -> str:
     return json.dumps(record, indent=1) + "\n"
 

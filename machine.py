@@ -9,12 +9,16 @@ from layers import ATTENTION_BACKENDS
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def add_machine_arguments(parser: Parser):
-    """What a network is run on and how: what every script that runs one takes. Returns the group, for more."""
-    group = parser.add_argument_group("machine")
+def add_device_argument(group) -> None:
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one"
     )
+
+
+def add_machine_arguments(parser: Parser):
+    """What a network is run on and how: what every script that runs one takes. Returns the group, for more."""
+    group = parser.add_argument_group("machine")
+    add_device_argument(group)
     group.add_argument("--precision", choices=PRECISIONS, help="bf16 on a GPU that has it, else fp32")
     group.add_argument(
         "--attention",

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import SwiGLU, compute_dtype, grouped_mm, segments_mm
+from layers import GELUMLP
 from routers import ROUTERS, RouterConfig, Routing, Where
 
 
@@ -125,16 +126,11 @@ class SharedExperts(nn.Module):
         return self.down_proj(SwiGLU.apply(self.gate_up_proj(x)), out)
 
 
-class SharedGELUExperts(nn.Module):
+class SharedGELUExperts(GELUMLP):
     """The same of a tanh-GELU perceptron with biases, as ProMoE has it."""
 
-    def __init__(self, hidden_size: int, width: int):
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, width)
-        self.fc2 = nn.Linear(width, hidden_size)
-
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
-        return out + self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return out + super().forward(x)
 
 
 SHARED_EXPERTS = {"swiglu": SharedExperts, "gelu": SharedGELUExperts}

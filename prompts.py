@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cli import UsageError
+from files import lines_of
 
 LONGEST = 10_000  # characters of a text; more is a mistake
 FIELDS = ("prompt", "caption")
@@ -50,7 +51,8 @@ def _of_lines(path: Path) -> list[Prompt]:
 
 
 def _of_json_lines(path: Path) -> list[Prompt]:
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+    with open(path, encoding="utf-8") as file:
+        lines = enumerate(lines_of(file), start=1)
     return [_prompt(json.loads(line), f"{path}, line {number}") for number, line in lines if line.strip()]
 
 

@@ -321,7 +321,7 @@ class BatchPool(Router):
     @torch.no_grad()
     def after_step(self, counts: Tensor, observed: Tensor | None) -> None:
         if observed is not None:
-            self.expert_threshold.lerp_(observed.to(self.expert_threshold), 1 - self.ema_decay.item())
+            self.expert_threshold.lerp_(observed.to(self.expert_threshold), 1 - self.ema_decay)
 
     def init_weights(self) -> None:
         super().init_weights()

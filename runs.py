@@ -522,7 +522,7 @@ def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distri
     if choices.encoder is None:
         condition = Classes(args.num_classes, tuple(data.class_names), args.class_dropout_prob)
     else:
-        condition = dataclasses.replace(model.condition, encode=choices.encoder, known=tuple(data.record()["captions"]))
+        condition = dataclasses.replace(model.condition, encode=choices.encoder, known=tuple(data.known()))
     channels, input_size, width = data.latent_shape
     if width != input_size:
         raise UsageError(f"latents of {input_size}x{width} are not square")
@@ -535,7 +535,7 @@ def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distri
     schedule = BatchSchedule(
         len(data), args.global_batch_size, args.accum_iter, processes.rank, processes.world_size, args.global_seed
     )
-    if config.num_experts and config.router == "batch-pool" and schedule.micro_batch_size == 1:
+    if config.pools_batch and schedule.micro_batch_size == 1:
         raise UsageError("router batch-pool competes over the images of a process and micro-batch: more than 1, please")
     steps = args.epochs * schedule.steps_per_epoch
     total_steps = min(args.max_steps or steps, steps)
@@ -668,9 +668,7 @@ def open_encoder(args) -> text.TextEncoder | None:
     stored = stored_texts(args.data_path or args.feature_path)
     if args.text_encoder is None:
         return stored
-    if args.tokenizer_path not in (None, args.text_encoder):
-        raise UsageError(f"--tokenizer-path {args.tokenizer_path}: the tokenizer is that beside --lm; put it there")
-    encoder = text.open_encoder(args.text_encoder, args.max_text_tokens or 0)
+    encoder = text.encoder_of(args)
     if stored is not None and args.feature_path is not None:
         was, now = ({k: v for k, v in each.record().items() if k != "name"} for each in (stored, encoder))
         if different := [key for key in was if was[key] != now.get(key)]:

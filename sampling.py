@@ -520,9 +520,9 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
         settings = replace(settings, guide=fingerprint(guide))
     check_settings(weights.config, objective, settings)
 
-    pooled = weights.config.num_experts > 0 and weights.config.router == "batch-pool"
-    if args.published_pool and not pooled:
+    if args.published_pool and not weights.config.pools_batch:
         raise UsageError(f"--published-pool: {weights.source} has no router batch-pool")
+    pooled = weights.config.pools_batch or (guide is not None and guide.config.pools_batch)
     if pooled and (args.compile or args.cuda_graph):
         raise UsageError("router batch-pool asks the host how many tokens there are: no --compile, no --cuda-graph")
     if args.cuda_graph and (device.type != "cuda" or dtype != torch.bfloat16):
@@ -591,6 +591,7 @@ def _choose_encoder(args, weights: checkpoint.Weights) -> text.TextEncoder:
         return text.open_encoder(**(recorded | {"name": name} | said))
     if args.text_encoder is None:
         raise UsageError(f"{weights.source} reads texts and does not tell with which encoder: --text-encoder")
+    text.check_tokenizer(args)
     encoder, width = text.open_encoder(args.text_encoder, weights.config.caption_length), weights.config.caption_width
     if encoder.width != width:
         raise UsageError(

@@ -116,6 +116,22 @@ def add_encoder_arguments(group, help: str) -> None:
     group.add_argument("--tokenizer-path", metavar="NAME", help="the same as --lm, as in published commands")
 
 
+def encoder_of(args) -> TextEncoder:
+    """That of the flags above, whose `--text-encoder` is given.
+
+    Raises:
+        UsageError: there is no such encoder, or its tokenizer is to be another one.
+    """
+    check_tokenizer(args)
+    return open_encoder(args.text_encoder, args.max_text_tokens or 0)
+
+
+def check_tokenizer(args) -> None:
+    """Raises UsageError where `--tokenizer-path` names another place than the encoder's."""
+    if args.tokenizer_path not in (None, args.text_encoder):
+        raise UsageError(f"--tokenizer-path {args.tokenizer_path}: the tokenizer is that beside --lm; put it there")
+
+
 def padded(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Texts (L_n, C) of several lengths in one batch, and its mask."""
     mask = torch.zeros(len(features), max(map(len, features)), dtype=torch.bool)

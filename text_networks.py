@@ -53,6 +53,8 @@ class TextNetwork:
         fetch(place, "text encoder")
         try:
             self.tokenizer, self.network = self._tokenizer(), self._network()
+        except UsageError:
+            raise
         except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
             raise UsageError(f"cannot load the text encoder {place}: {brief(error)}") from None
         self.width = self.network.config.get_text_config().hidden_size

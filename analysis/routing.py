@@ -139,7 +139,7 @@ class Tally:
         chosen = torch.stack([routing.chosen for routing in routings])  # (L, T, E)
         halves = probs.shape[1] // (len(images) * self.config.tokens)
         split = (len(routings), halves, len(images), self.patches)
-        probs, chosen = (self._of_patches(each, len(images)) for each in (probs, chosen))
+        probs, chosen = map(self._of_patches, (probs, chosen))
         sums, place = self.sums, step * self.bins // len(self.times)
         rows, floor_rows = (self._on_device(table[images]) for table in (self.rows, self.floor_rows))
 
@@ -156,23 +156,21 @@ class Tally:
         entropy = in_units(torch.special.entr(probs).sum(dim=-1)).view(*split)
         sums["entropy"][:halves, :, step] += entropy.sum(dim=(2, 3)).T
 
-        for row, image in enumerate(images):
-            if image in self.examples:
-                weights = torch.stack([routing.dense_weights for routing in routings])
-                weights = self._of_patches(weights, len(images)).view(*split, -1)[:, :, row]  # (L, h, P, E)
-                there = chosen.view(*split, -1)[:, :, row] > 0
-                weights = torch.where(there, weights, -torch.inf)
+        if shown := [(row, image) for row, image in enumerate(images) if image in self.examples]:
+            weights = self._of_patches(torch.stack([routing.dense_weights for routing in routings]))
+            weights = torch.where(chosen > 0, weights, -torch.inf).view(*split, -1)  # (L, h, N, P, E)
+            for row, image in shown:
                 kept = sums["examples"][self.examples.index(image)]
-                ranked = weights.topk(kept.shape[-1], dim=-1)
+                ranked = weights[:, :, row].topk(kept.shape[-1], dim=-1)
                 ranks = torch.where(ranked.values > -torch.inf, 1 + ranked.indices, 0)
                 kept[:halves, :, step] = ranks.transpose(0, 1).to(kept.dtype)
 
-    def _of_patches(self, values: Tensor, images: int) -> Tensor:
+    def _of_patches(self, values: Tensor) -> Tensor:
         """(L, h*N*tokens, ...) -> (L, h*N*P, ...): without the ends of rows, where there are some."""
         if not self.config.row_ends:
             return values
         side = self.config.side
-        tokens = values.unflatten(1, (-1, self.config.tokens)).flatten(1, 2).unflatten(1, (-1, self.config.tokens))
+        tokens = values.unflatten(1, (-1, self.config.tokens))
         return RowEnds.without(tokens.flatten(0, 1), side, side).unflatten(0, (len(values), -1)).flatten(1, 2)
 
     def _on_device(self, rows: np.ndarray) -> Tensor:

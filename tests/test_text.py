@@ -15,6 +15,7 @@ from captions import open_captioned, read_captions
 from cli import UsageError
 from conditions import Captions, Prompts
 from data import Reading
+from files import replace_lines
 from metrics import Judge
 from prompts import read_prompts
 from scripts import scenes
@@ -393,3 +394,12 @@ def test_texts_and_classes_do_not_mix(run, tmp_path):
     assert "nowhere does not exist" in refused("--data-path", "nowhere", "--text-encoder", "words")
     assert "nowhere.csv cannot be read" in refused("--data-path", "nowhere.csv", "--text-encoder", "words")
     assert "unknown text encoder 'wrods'" in refused("--data-path", scenes_of, "--text-encoder", "wrods")
+
+
+def test_ends_of_lines_within_texts(tmp_path):
+    """What Unicode calls the end of a line stays part of a text, from one command's list to the next one's reader."""
+    written = "a seven\u2028left of\x85a two"
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    replace_lines(tmp_path / "captions.jsonl", [{"path": "x.png", "caption": written}])
+    assert [prompt.text for prompt in read_prompts(tmp_path / "captions.jsonl")] == [written]
+    assert read_captions(tmp_path)[1] == [("x.png", written)]
