@@ -42,7 +42,7 @@ from data import FileSamples, ImageData, Reading, Samples, draw_randomness, is_d
 from files import lines_of
 from hub import brief
 from latents import MANIFEST, LatentShards, read_manifest
-from prompts import LONGEST
+from prompts import fault_of
 from text import padded
 
 TABLES = ("captions.jsonl", "captions.csv")
@@ -238,9 +238,8 @@ def read_captions(path: Path) -> tuple[Path, list[tuple[str, str]]]:
 
 
 def check_caption(text: str, name: str, root: Path) -> None:
-    if not text or len(text) > LONGEST:
-        what = "is empty" if not text else f"has {len(text)} characters, {LONGEST} are the most"
-        raise UsageError(f"{root}: the caption of {name} {what}")
+    if fault := fault_of(text):
+        raise UsageError(f"{root}: the caption of {name} {fault}")
 
 
 def _of_table(table: Path) -> list[tuple[str, str]]:

@@ -542,7 +542,9 @@ def load_pickle(path: Path, kind: type = dict):
             raise UsageError(f"{path} is not a PyTorch file of weights") from None
         what = f"it wants to run {', '.join(names)}"
         raise UsageError(f"refused to load {path}: {what}; only tensors and argparse.Namespace are allowed") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except KeyError:  # of bytes that happen to be an opcode of pickle
+        raise UsageError(f"{path} is not a PyTorch file of weights") from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise UsageError(f"{path} is not a readable PyTorch file ({_first_line(error)})") from None
     if not isinstance(loaded, kind):
         expected = "a dictionary of weights" if kind is dict else f"a {kind.__name__}"

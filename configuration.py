@@ -21,7 +21,7 @@ from layers import MLPS, MODULATIONS, MOST_POSITIONS, NORMS, POSITIONS, QK_NORMS
 from moe import EXPERTS, SHARED_EXPERTS, ExpertsConfig
 from parametrization import PARAMETRIZATIONS, is_mup
 from records import check_record
-from routers import ROUTERS, RouterConfig
+from routers import ROUTERS, RouterConfig, TokenChoice
 
 # ------------------------------------------------------------------------------------------------------- configuration
 
@@ -175,7 +175,7 @@ class DiTConfig:
         _ = self.moe_indices  # complains about a wrong moe_layers
 
     def _check_router(self) -> None:
-        scored = self.router in ("softmax", "sigmoid")
+        scored = issubclass(ROUTERS[self.router], TokenChoice)
         usual = {"router_groups": 1, "router_bias": False}
         if not scored and (said := [name for name, value in usual.items() if getattr(self, name) != value]):
             raise UsageError(f"{said[0]} {getattr(self, said[0])} is of routers softmax and sigmoid, not {self.router}")
@@ -532,7 +532,6 @@ def config_said(args: argparse.Namespace, usual: str = "DiT-S/2") -> DiTConfig:
 
 # ---------------------------------------------------------------------------------------------------------- from files
 
-# Fields of DiTConfig that change the function and no shape: of a file that does not describe itself, a flag must tell.
 ROUTER_FIELDS = {  # of a router, and what they are where nothing is said
     **{"router": "softmax", "router_groups": 1, "router_kept_groups": 1, "router_bias": False},
     **{"norm_topk_prob": False, "routed_scaling_factor": 1.0},
@@ -541,6 +540,7 @@ ROUTING_FIELDS = (
     *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor"),
     *("router", "router_groups", "router_kept_groups"),
 )
+# Fields of DiTConfig that change the function and no shape: of a file that does not describe itself, a flag must tell.
 UNSEEN = (*ROUTING_FIELDS, *MUP_FIELDS)
 
 

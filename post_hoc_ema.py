@@ -16,6 +16,8 @@ from cli import UsageError
 from optim import EMA
 
 USUAL = (0.05, 0.10)  # as published
+LENGTHS = (1e-3, 0.28)  # from, to
+PREFIX = "post-hoc-"  # of the parts of a checkpoint
 
 
 def exponent(length: float) -> float:
@@ -40,14 +42,10 @@ class PowerEMA(EMA):
     @property
     def part(self) -> str:
         """Its name among the parts of a checkpoint."""
-        return part_of(self.length)
+        return f"{PREFIX}{self.length:g}"
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         return self.as_parameters(model) | {"count": self.count}
-
-
-def part_of(length: float) -> str:
-    return f"post-hoc-{length:g}"
 
 
 def product(step_a: float, gamma_a: float, step_b: float, gamma_b: float) -> float:
@@ -75,18 +73,19 @@ def reconstruct(run: Path, length: float, step: int | None = None) -> tuple[dict
     Raises:
         UsageError: no checkpoint holds such averages, or the step is none of theirs.
     """
-    folders = [folder for folder in checkpoint.checkpoints_of(run) if list(folder.glob("post-hoc-*.safetensors"))]
+    snapshots = {each: sorted(each.glob(f"{PREFIX}*.safetensors")) for each in checkpoint.checkpoints_of(run)}
+    folders = [folder for folder, files in snapshots.items() if files]
     if not folders:
         raise UsageError(f"{run} has no checkpoints with averages: train.py --post-hoc-ema keeps them")
     steps = [int(folder.name) for folder in folders]
     if step is not None and step not in steps:
         raise UsageError(f"--step {step}: {run} has averages at {', '.join(map(str, sorted(steps)))}")
     folders = [folder for folder in folders if int(folder.name) <= (step or max(steps))]
-    files = [path for folder in folders for path in sorted(folder.glob("post-hoc-*.safetensors"))]
     for folder in folders:
-        checkpoint.verify(folder, tuple(path.name for path in files if path.parent == folder))
+        checkpoint.verify(folder, tuple(path.name for path in snapshots[folder]))
+    files = [path for folder in folders for path in snapshots[folder]]
     tensors = [checkpoint.read_tensors(path.parent, path.stem) for path in files]
-    gammas = [exponent(float(path.stem.removeprefix("post-hoc-"))) for path in files]
+    gammas = [exponent(float(path.stem.removeprefix(PREFIX))) for path in files]
     counts = [each["count"].item() for each in tensors]
     factors = coefficients(list(zip(counts, gammas, strict=True)), max(counts), length)
     names = [name for name in tensors[0] if name != "count"]

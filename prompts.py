@@ -40,10 +40,16 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise UsageError(f"prompts {path}: there are none in it")
     for number, prompt in enumerate(prompts, start=1):
-        if not 0 < len(prompt.text) <= LONGEST:
-            what = f"has {len(prompt.text)} characters, {LONGEST} are the most" if prompt.text else "is empty"
-            raise UsageError(f"prompts {path}: number {number} {what}")
+        if fault := fault_of(prompt.text):
+            raise UsageError(f"prompts {path}: number {number} {fault}")
     return prompts
+
+
+def fault_of(text: str) -> str:
+    """What is wrong with a prompt or caption, if anything."""
+    if not text:
+        return "is empty"
+    return f"has {len(text)} characters, {LONGEST} are the most" if len(text) > LONGEST else ""
 
 
 def _of_lines(path: Path) -> list[Prompt]:

@@ -122,6 +122,7 @@ class Router(nn.Module):
     """What all of them share: E rows of weights, in fp32 whatever autocast says."""
 
     extra_experts = 0  # besides the E that tokens compete for
+    has_logits = True  # before softmax or sigmoid
     keeps_logits = False
 
     def __init__(self, hidden_size: int, config: RouterConfig):
@@ -154,6 +155,9 @@ class Router(nn.Module):
         """(T, D) -> (T, E) fp32."""
         return FP32Linear.apply(x, self.weight)
 
+    def kept(self, logits: Tensor) -> Tensor | None:
+        return logits if self.keeps_logits else None
+
 
 # ---------------------------------------------------------------------------------------------------- tokens choose
 
@@ -181,8 +185,7 @@ class TokenChoice(Router):
         if config.scaling_factor != 1:
             weights = weights * config.scaling_factor
         order, offsets = sort_by_expert(expert_ids, num_experts=config.experts)
-        kept = logits if self.keeps_logits else None
-        return Routing(self.distribution(scores), weights, offsets, expert_ids, order, logits=kept)
+        return Routing(self.distribution(scores), weights, offsets, expert_ids, order, logits=self.kept(logits))
 
     def preferences(self, scores: Tensor) -> Tensor:
         """(T, E) what the choice goes by: with the bias, and 0 outside the best groups."""
@@ -259,7 +262,7 @@ class ExpertChoice(Router):
         probs = logits.softmax(dim=-1)
         pools = probs.unflatten(0, (where.images, -1))  # (N, S, E)
         weights, tokens, offsets = chosen_by_experts(pools, capacity_of(self.config, pools.shape[1]))
-        return Routing(probs, weights, offsets, tokens=tokens, logits=logits if self.keeps_logits else None)
+        return Routing(probs, weights, offsets, tokens=tokens, logits=self.kept(logits))
 
 
 def capacity_of(config: RouterConfig, tokens: int) -> int:
@@ -289,7 +292,7 @@ class BatchPool(Router):
     def forward(self, x: Tensor, where: Where) -> Routing:
         logits = self.scores(x)
         probs = logits.softmax(dim=-1)
-        kept = logits if self.keeps_logits else None
+        kept = self.kept(logits)
         predicted = self.predicted(x.detach())
         if not self.training:
             return self._by_predictor(probs, predicted)._replace(logits=kept)
@@ -347,6 +350,7 @@ class Prototypes(Router):
     """
 
     extra_experts = 1
+    has_logits = False
 
     def __init__(self, hidden_size: int, config: RouterConfig):
         super().__init__(hidden_size, config)
@@ -360,7 +364,7 @@ class Prototypes(Router):
         ids = torch.where(null, self.config.experts, expert_ids)
         order, offsets = sort_by_expert(ids, num_experts=self.config.experts + 1)
         chosen = torch.zeros_like(cosines).scatter(1, expert_ids, 1.0) * ~null
-        losses = {"contrastive": self.contrastive(x, chosen)} if self.training else {}
+        losses = {"contrastive": self.contrastive(x.unsqueeze(0), chosen.unsqueeze(0))[0]} if self.training else {}
         return Routing(self.distribution(cosines, null), weights, offsets, ids, order, losses=losses)
 
     def cosines(self, x: Tensor) -> Tensor:
@@ -380,16 +384,19 @@ class Prototypes(Router):
         return torch.where(null, nothing.to(probs.dtype), probs)
 
     def contrastive(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """Of tokens (R, D) and which centres took them (R, E): a scalar, 0 where fewer than two centres have any."""
+        """Of B pools of tokens (B, R, D) and which centres took them (B, R, E): (B,), 0 where fewer than two centres
+        have any.
+        """
         with torch.autocast(x.device.type, enabled=False):
-            counts = chosen.sum(dim=0)  # (E,)
-            means = chosen.T @ x.float() / counts.clamp(min=1).unsqueeze(1)  # (E, D)
-            cosines = F.normalize(self.weight.float(), dim=-1) @ F.normalize(means, dim=-1).T / TEMPERATURE
+            counts = chosen.sum(dim=1)  # (B, E)
+            means = chosen.mT @ x.float() / counts.clamp(min=1).unsqueeze(2)  # (B, E, D)
+            cosines = F.normalize(self.weight.float(), dim=-1) @ F.normalize(means, dim=-1).mT / TEMPERATURE
             there = counts > 0
-            logits = cosines.masked_fill(~there, -torch.inf)  # of means that there are
-            losses = logits.logsumexp(dim=1) - cosines.diagonal()
-            total = torch.where(there, losses, 0.0).sum() / there.sum().clamp(min=1)
-            return torch.where(there.sum() > 1, total, 0.0)
+            logits = cosines.masked_fill(~there.unsqueeze(1), -torch.inf)  # of means that there are
+            losses = logits.logsumexp(dim=2) - cosines.diagonal(dim1=1, dim2=2)
+            among = there.sum(dim=1)
+            total = torch.where(there, losses, 0.0).sum(dim=1) / among.clamp(min=1)
+            return torch.where(among > 1, total, 0.0)
 
     def init_weights(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
@@ -418,8 +425,7 @@ class PrototypesExpertChoice(Prototypes):
         order, offsets = sort_by_expert(ids.flatten(), num_experts=experts + 1)
         losses = {}
         if self.training:
-            pairs = zip(x.unflatten(0, (-1, size)), chosen, strict=True)
-            each = torch.stack([self.contrastive(*pair) for pair in pairs])
+            each = self.contrastive(x.unflatten(0, (-1, size)), chosen)
             conditional = (~of_nothing[:, 0]).to(each.dtype)
             losses = {"contrastive": (each * conditional).sum() / conditional.sum().clamp(min=1)}
         distribution = self.distribution(cosines, null)

@@ -63,8 +63,8 @@ from models import CHECKPOINTING, DiT
 from objectives import add_objective_arguments, choose_objective, spell_out
 from optim import ADAMW, SCHEDULES
 from parametrization import PARAMETRIZATIONS, is_mup
-from post_hoc_ema import USUAL
-from routers import ROUTERS, SigmoidRouter, SoftmaxRouter
+from post_hoc_ema import LENGTHS, USUAL
+from routers import ROUTERS, TokenChoice
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -143,7 +143,7 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument("--ema-decay", type=number_in(0, 1), default=0.9999, help="of the moving average of the weights")
     group.add_argument(
         "--post-hoc-ema",
-        type=number_in(1e-3, 0.28),
+        type=number_in(*LENGTHS),
         nargs="*",
         default=[],
         metavar="LENGTH",
@@ -646,15 +646,15 @@ def balanced(model: DiTConfig, args) -> DiTConfig:
     """
     biased = model.num_experts > 0 and model.router_bias
     if args.balance is None:
-        own = ROUTERS[model.router] not in (SoftmaxRouter, SigmoidRouter)
-        args.balance = ["bias"] if biased else ["none"] if own else ["aux"]
+        tokens_choose = issubclass(ROUTERS[model.router], TokenChoice)
+        args.balance = ["bias"] if biased else ["aux"] if tokens_choose else ["none"]
     if "none" in args.balance and len(args.balance) > 1:
         raise UsageError(f"--balance {' '.join(args.balance)}: none and another one contradict each other")
     if "bias" in args.balance and model.num_experts:
         return dataclasses.replace(model, router_bias=True)
     if biased:
         raise UsageError(f"--balance {' '.join(args.balance)}: {args.model or args.init_from} has a bias: add bias")
-    if "z" in args.balance and model.router.startswith("prototypes"):
+    if "z" in args.balance and not ROUTERS[model.router].has_logits:
         raise UsageError(f"--balance z is of routers with logits, not of {model.router}")
     return model
 

@@ -25,7 +25,7 @@ from families import family_for, to_published
 from files import replace_json
 from models import DiT, count_parameters
 from objectives import in_words
-from post_hoc_ema import reconstruct
+from post_hoc_ema import LENGTHS, reconstruct
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,7 +43,7 @@ def get_parser() -> cli.Parser:
     parser.add_switch(export, "--flash-names", None, "Wqkv and out_proj; default: where there is QK-norm, as published")
     average = commands.add_parser("ema", help="the average of any length, of a run with --post-hoc-ema")
     average.add_argument("ckpt", type=Path, help="run folder")
-    average.add_argument("--length", type=number_in(1e-3, 0.28), required=True, help="0.05 is short, 0.2 long")
+    average.add_argument("--length", type=number_in(*LENGTHS), required=True, help="0.05 is short, 0.2 long")
     average.add_argument("--step", type=positive_int, help="of the average (default: the newest checkpoint's)")
     average.add_argument("--output", type=Path, required=True, help="a .safetensors or .pt file")
     average.set_defaults(num_heads=None, dtype=None, flash_names=None)
