@@ -3,12 +3,14 @@
 T tokens · D hidden width · E experts · K experts per token · P = T*K assignments
 
 They work in place where they run eagerly, and not where they are compiled: Inductor does that by itself, and PyTorch
-2.11 would lose the gradient of a function that returns what it has changed in place.
+2.11 would lose the gradient of a function that returns what it has changed in place. Eager on a GPU, `fused` does some.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import fused
 
 NORM_EPS = 1e-6  # of every LayerNorm, as published
 RMS_EPS = 1e-5  # of every RMSNorm, and of the QK-norm over whole vectors, as published
@@ -68,6 +70,8 @@ def gather_sum(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> T
         chosen = rows.index_select(0, places.flatten()).unflatten(0, places.shape)  # (T, K, D)
         chosen = chosen if weights is None else chosen * weights.unsqueeze(-1)
         return chosen.sum(dim=1, dtype=rows.dtype)  # autocast would widen it
+    if fused.serves(rows, places):
+        return fused.gather_sum(rows, places, weights)
     return F.embedding_bag(places, rows.detach(), mode="sum", per_sample_weights=weights)
 
 
@@ -82,6 +86,8 @@ class Dispatch(torch.autograd.Function):
     def forward(ctx, x: Tensor, inverse: Tensor, top_k: int) -> Tensor:
         places = inverse.unflatten(0, (-1, top_k))  # (T, K)
         ctx.save_for_backward(places)
+        if fused.serves(x, places):
+            return fused.spread(x, places)
         rows = x.new_empty(len(inverse), x.shape[1])
         put = rows.index_put if torch.compiler.is_compiling() else rows.index_put_
         return put((places,), x.unsqueeze(1))
@@ -106,6 +112,8 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # (T, D)
         y, weights, order, inverse = ctx.saved_tensors
+        if fused.serves(grad, y, weights, order):
+            return *fused.combine_backward(grad, y, weights.to(y.dtype), order), None, None
         grad = grad.index_select(0, order // weights.shape[1])  # (P, D)
         grad_y = grad * weights.flatten()[order].to(grad.dtype).unsqueeze(-1)
         grad_weights = (grad * y).sum(dim=-1, dtype=torch.float32)[inverse].view_as(weights)
@@ -200,6 +208,8 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:  # (..., 2F) -> (..., F)
         ctx.save_for_backward(gate_up)
+        if fused.serves(gate_up):
+            return fused.swiglu(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up if torch.compiler.is_compiling() else F.silu(gate).mul_(up)
 
@@ -209,6 +219,8 @@ class SwiGLU(torch.autograd.Function):
         gate, up = gate_up.chunk(2, dim=-1)
         if torch.compiler.is_compiling():  # one kernel of the plain formula
             return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
+        if fused.serves(grad, gate_up):
+            return fused.swiglu_backward(grad, gate_up)
         grads = torch.empty_like(gate_up)
         of_gate, of_up = grads.chunk(2, dim=-1)  # written in place: here a step has its peak of memory
         torch.mul(grad, up, out=of_gate)

@@ -1,0 +1,162 @@
+"""Kernels in Triton for what PyTorch runs slowly where nothing is compiled, on a GPU; `kernels.py` has the formulas.
+
+T tokens · D hidden width · K experts per token · F expert width · P = T*K assignments
+
+Compiled, Inductor makes the like of them by itself; these are for the eager path: DeepSpeed, debugging, short runs.
+All read and write whole vectors of 16 bytes, compute in fp32, and add up in a fixed order: repeat runs are
+bit-identical. Tensors are contiguous.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+triton = None
+if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:  # some builds of PyTorch come without
+        pass
+
+AVAILABLE = triton is not None and torch.cuda.is_available()  # chosen once, at the start
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether these kernels run on such tensors, now."""
+    return AVAILABLE and not torch.compiler.is_compiling() and all(each.is_cuda and each.is_contiguous() for each in tensors)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _silu(x):
+        return x / (1 + tl.exp(-x))
+
+    @triton.jit
+    def _swiglu(gate_up, out, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+        there = (row < rows) & (column < width)
+        at = gate_up + row * 2 * width + column
+        gate = tl.load(at, there).to(tl.float32)
+        up = tl.load(at + width, there).to(tl.float32)
+        tl.store(out + row * width + column, _silu(gate) * up, there)
+
+    @triton.jit
+    def _swiglu_backward(grad, gate_up, grads, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+        there = (row < rows) & (column < width)
+        place = row * 2 * width + column
+        gate = tl.load(gate_up + place, there).to(tl.float32)
+        up = tl.load(gate_up + place + width, there).to(tl.float32)
+        given = tl.load(grad + row * width + column, there).to(tl.float32)
+        share = 1 / (1 + tl.exp(-gate))
+        tl.store(grads + place, given * up * share * (1 + gate * (1 - share)), there)
+        tl.store(grads + place + width, given * gate * share, there)
+
+    @triton.jit
+    def _spread(x, places, out, width, K: tl.constexpr, COLUMNS: tl.constexpr):
+        token = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        there = column < width
+        row = tl.load(x + token * width + column, there)
+        for k in tl.static_range(K):
+            place = tl.load(places + token * K + k)
+            tl.store(out + place * width + column, row, there)
+
+    @triton.jit
+    def _gather_sum(rows, places, weights, out, width, K: tl.constexpr, WEIGHTED: tl.constexpr, COLUMNS: tl.constexpr):
+        token = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        there = column < width
+        total = tl.zeros([COLUMNS], tl.float32)
+        for k in tl.static_range(K):
+            place = tl.load(places + token * K + k)
+            row = tl.load(rows + place * width + column, there).to(tl.float32)
+            if WEIGHTED:
+                row *= tl.load(weights + token * K + k).to(tl.float32)
+            total += row
+        tl.store(out + token * width + column, total, there)
+
+    @triton.jit
+    def _combine_backward(
+        grad, y, weights, order, grad_y, grad_weights, width, K: tl.constexpr, COLUMNS: tl.constexpr
+    ):
+        place = tl.program_id(0).to(tl.int64)
+        assignment = tl.load(order + place)
+        weight = tl.load(weights + assignment).to(tl.float32)
+        total = tl.zeros([COLUMNS], tl.float32)
+        for start in range(0, width, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            there = column < width
+            given = tl.load(grad + assignment // K * width + column, there, other=0.0).to(tl.float32)
+            mine = tl.load(y + place * width + column, there, other=0.0).to(tl.float32)
+            tl.store(grad_y + place * width + column, given * weight, there)
+            total += given * mine
+        tl.store(grad_weights + assignment, tl.sum(total))
+
+
+def _tile(width: int) -> tuple[int, int, int]:
+    """Rows and columns of a program's tile, and its warps: 16 values for a thread, few of them beyond the width."""
+    columns = next(size for size in (1024, 512, 256) if width % size == 0 or size == 256)
+    return 2048 // columns, columns, 4
+
+
+def _columns(width: int) -> int:
+    """Of a row, how many values a program has at a time: all, where they are few."""
+    return min(1024, triton.next_power_of_2(width))
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up: (..., 2F) -> (..., F)."""
+    width = gate_up.shape[-1] // 2
+    out = gate_up.new_empty(*gate_up.shape[:-1], width)
+    rows, (height, columns, warps) = out.numel() // max(width, 1), _tile(width)
+    if out.numel():
+        grid = triton.cdiv(rows, height), triton.cdiv(width, columns)
+        _swiglu[grid](gate_up, out, rows, width, height, columns, num_warps=warps)
+    return out
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient (..., 2F) of `swiglu`'s input, of that of its result (..., F)."""
+    grads, width = torch.empty_like(gate_up), grad.shape[-1]
+    rows, (height, columns, warps) = grad.numel() // max(width, 1), _tile(width)
+    if grad.numel():
+        grid = triton.cdiv(rows, height), triton.cdiv(width, columns)
+        _swiglu_backward[grid](grad, gate_up, grads, rows, width, height, columns, num_warps=warps)
+    return grads
+
+
+def spread(x: Tensor, places: Tensor) -> Tensor:
+    """Tokens (T, D) to the places (T, K) of their assignments: (P, D)."""
+    (tokens, width), top_k = x.shape, places.shape[1]
+    out, columns = x.new_empty(tokens * top_k, width), _columns(width)
+    if out.numel():
+        _spread[tokens, triton.cdiv(width, columns)](x, places, out, width, top_k, columns)
+    return out
+
+
+def gather_sum(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
+    """The sum, weighted by (T, K) where there are weights, of the rows (P, D) at places (T, K): (T, D)."""
+    (tokens, top_k), width = places.shape, rows.shape[1]
+    out, columns = rows.new_empty(tokens, width), _columns(width)
+    if out.numel():
+        given = places if weights is None else weights
+        grid = tokens, triton.cdiv(width, columns)
+        _gather_sum[grid](rows, places, given, out, width, top_k, weights is not None, columns)
+    return out
+
+
+def combine_backward(grad: Tensor, y: Tensor, weights: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of rows (P, D) and, in fp32, weights (T, K) of a weighted `gather_sum`, of that of its result."""
+    grad_y, grad_weights = torch.empty_like(y), torch.empty_like(weights, dtype=torch.float32)
+    width = y.shape[1]
+    if y.numel():
+        _combine_backward[(len(y),)](
+            grad, y, weights, order, grad_y, grad_weights, width, weights.shape[1], _columns(width)
+        )
+    return grad_y, grad_weights

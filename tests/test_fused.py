@@ -1,0 +1,82 @@
+"""The kernels in Triton against plain formulas: by Triton's interpreter on a CPU in fp32, and on a GPU as they are."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fused
+
+pytest.importorskip("triton")  # and so there are modules to forget
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """The module; without a GPU, a copy of it whose kernels are interpreted, and of Triton, which decides on import."""
+    if ON_GPU:
+        return fused
+    spec = importlib.util.spec_from_file_location("fused_interpreted", Path(fused.__file__))
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for name in [name for name in sys.modules if name.split(".")[0] == "triton" and "._C" not in name]:
+            patch.delitem(sys.modules, name)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE).requires_grad_()
+
+
+@pytest.mark.parametrize("shape", [(5, 2 * 24), (3, 3, 2 * 300), (2, 2 * 1024), (0, 2 * 16)], ids=str)
+def test_swiglu(kernels, shape):
+    gate_up = randn(*shape)
+    gate, up = gate_up.chunk(2, dim=-1)
+    expected = F.silu(gate) * up
+    grad = torch.randn_like(expected)
+    (grads,) = torch.autograd.grad(expected, gate_up, grad)
+    torch.testing.assert_close(kernels.swiglu(gate_up.detach()), expected)
+    torch.testing.assert_close(kernels.swiglu_backward(grad, gate_up.detach()), grads)
+
+
+@pytest.mark.parametrize("size", [(7, 2, 20), (4, 1, 1100), (6, 3, 64), (0, 2, 8)], ids=str)
+def test_tokens_to_their_places_and_back(kernels, size):
+    tokens, top_k, width = size
+    inverse = torch.randperm(tokens * top_k, device=DEVICE)  # of assignment -> place
+    order, places = inverse.argsort(), inverse.view(tokens, top_k)
+    x, y, weights = randn(tokens, width), randn(tokens * top_k, width), randn(tokens, top_k)
+
+    rows = x.detach().repeat_interleave(top_k, dim=0)[order]
+    assert torch.equal(kernels.spread(x.detach(), places), rows)
+
+    chosen = y[inverse].unflatten(0, (tokens, top_k))
+    torch.testing.assert_close(kernels.gather_sum(y.detach(), places, None), chosen.sum(dim=1))
+    expected = (chosen * weights.unsqueeze(-1)).sum(dim=1)
+    torch.testing.assert_close(kernels.gather_sum(y.detach(), places, weights.detach()), expected)
+
+    grad = torch.randn_like(expected)
+    of_y, of_weights = torch.autograd.grad(expected, (y, weights), grad)
+    found_y, found_weights = kernels.combine_backward(grad, y.detach(), weights.detach(), order)
+    torch.testing.assert_close(found_y, of_y)
+    torch.testing.assert_close(found_weights, of_weights)
+
+
+def test_plain_formulas_serve_elsewhere():
+    assert not fused.serves(torch.randn(2, 4)) and fused.AVAILABLE == ON_GPU
+
+
+@pytest.mark.skipif(not ON_GPU, reason="no CUDA device here")
+def test_bf16_repeats_and_rounds_once():
+    gate_up = randn(4096, 2 * 1536).detach().bfloat16()
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    assert torch.equal(fused.swiglu(gate_up), (F.silu(gate) * up).bfloat16()) or torch.allclose(
+        fused.swiglu(gate_up).float(), F.silu(gate) * up, rtol=2**-8, atol=1e-6
+    )
+    assert torch.equal(fused.swiglu(gate_up), fused.swiglu(gate_up))
