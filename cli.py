@@ -53,6 +53,11 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
 
 
+def boolean_or_auto(text: str) -> bool | str:
+    """The same where a script may choose."""
+    return "auto" if text.lower() == "auto" else boolean(text)
+
+
 def positive_int(text: str) -> int:
     """An integer of at least 1 (and below 2^63)."""
     if not text.isdecimal() or not 1 <= int(text) < 2**63:
@@ -138,9 +143,10 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("usage", "%(prog)s [flags]")
         super().__init__(allow_abbrev=False, **kwargs)
 
-    def add_switch(self, group, flag: str, default: bool | None, help: str, *aliases: str) -> None:
-        """A flag that takes an optional True or False."""
-        options = {"type": boolean, "nargs": "?", "const": True, "default": default, "metavar": "BOOL", "help": help}
+    def add_switch(self, group, flag: str, default: bool | str | None, help: str, *aliases: str) -> None:
+        """A flag that takes an optional True or False; with a default of "auto" also that."""
+        kind, metavar = (boolean_or_auto, "auto|BOOL") if default == "auto" else (boolean, "BOOL")
+        options = {"type": kind, "nargs": "?", "const": True, "default": default, "metavar": metavar, "help": help}
         group.add_argument(flag, *aliases, **options)
 
     def parse_known_args(self, args=None, namespace=None):

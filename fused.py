@@ -25,7 +25,8 @@ AVAILABLE = triton is not None and torch.cuda.is_available()  # chosen once, at 
 
 def serves(*tensors: Tensor) -> bool:
     """Whether these kernels run on such tensors, now."""
-    return AVAILABLE and not torch.compiler.is_compiling() and all(each.is_cuda and each.is_contiguous() for each in tensors)
+    eager = AVAILABLE and not torch.compiler.is_compiling()
+    return eager and all(type(each) is Tensor and each.is_cuda and each.is_contiguous() for each in tensors)
 
 
 if triton is not None:
@@ -82,9 +83,7 @@ if triton is not None:
         tl.store(out + token * width + column, total, there)
 
     @triton.jit
-    def _combine_backward(
-        grad, y, weights, order, grad_y, grad_weights, width, K: tl.constexpr, COLUMNS: tl.constexpr
-    ):
+    def _combine_backward(grad, y, weights, order, grad_y, grad_weights, width, K: tl.constexpr, COLUMNS: tl.constexpr):
         place = tl.program_id(0).to(tl.int64)
         assignment = tl.load(order + place)
         weight = tl.load(weights + assignment).to(tl.float32)

@@ -2,8 +2,7 @@
 
 import torch
 
-from cli import Parser, UsageError
-from configuration import DiTConfig
+from cli import Parser
 from layers import ATTENTION_BACKENDS
 
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,7 +25,7 @@ def add_machine_arguments(parser: Parser):
         default="auto",
         help="how attention is computed; auto: PyTorch chooses",
     )
-    parser.add_switch(group, "--compile", False, "torch.compile each block")
+    parser.add_switch(group, "--compile", "auto", "torch.compile each block; auto: on a GPU in bf16")
     return group
 
 
@@ -35,13 +34,6 @@ def choose_precision(name: str | None, device: torch.device) -> str:
     if name is not None:
         return name
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-
-
-def check_compile(config: DiTConfig, dtype: torch.dtype) -> None:
-    """Raises UsageError where PyTorch is too old to trace grouped products of this dtype."""
-    if config.num_experts and dtype != torch.bfloat16 and torch.__version__ < "2.15":
-        what = f"--compile with experts in {str(dtype).removeprefix('torch.')}"
-        raise UsageError(f"{what} needs PyTorch 2.15 or newer, this is {torch.__version__}; use --precision bf16")
 
 
 def set_precision(name: str) -> torch.dtype:

@@ -11,10 +11,12 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cli import UsageError, unknown_name
+from compiling import Compiling
 from conditions import Prompts
 from configuration import DiTConfig, build_config
 from families import from_published
@@ -98,6 +100,7 @@ class DiTBlock(nn.Module):
         if self.reads:
             self.cross_attn = CrossAttention(width, config.num_heads)
         self.adaLN_modulation = modulation(config, 6)
+        self.is_modulated = False  # what comes for a condition is what `adaLN_modulation` would make of it
         self.checkpointing = "none"  # a key of CHECKPOINTING
 
     def forward(self, x: Tensor, c: Tensor, *more: Tensor | None) -> tuple[Tensor, Routing | None]:
@@ -119,7 +122,8 @@ class DiTBlock(nn.Module):
 
         null (N,) says which images are of nothing, for a router that asks.
         """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        modulation = c if self.is_modulated else self.adaLN_modulation(c)  # (N, 6D)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
         dtype = compute_dtype(self.attn.qkv.weight)
         x = x + gate_a.unsqueeze(1) * self.attn(self.norm1(x, shift_a, scale_a, dtype), rotation, text, mask)
         if self.reads:
@@ -166,6 +170,7 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", self._position_table())
         self.blocks = nn.ModuleList(DiTBlock(config, is_moe=i in config.moe_indices) for i in range(config.depth))
         self.final_layer = FinalLayer(config)
+        self.stacked = None  # of `stack_modulations`
         self.init_weights()
         self.register_load_state_dict_pre_hook(_accept_published_names)
 
@@ -197,14 +202,37 @@ class DiT(nn.Module):
             null = None if self.config.null_class is None else condition == self.config.null_class
         if self.config.expert_count == self.config.num_experts:  # no router asks
             null = None
-        shared = self.t_block(c) if self.config.modulation == "single" else c
         routings = []
-        for block in self.blocks:
-            x, routing = block(x, shared, rotation, *reading, null)
+        for block, modulation in zip(self.blocks, self._modulations(c), strict=True):
+            x, routing = block(x, modulation, rotation, *reading, null)
             if routing is not None:
                 routings.append(routing)
         x = self._images(self.final_layer(x, c), sizes)
         return (x, routings) if return_routing else x
+
+    def _modulations(self, c: Tensor) -> Sequence[Tensor]:
+        """What each block is told of the condition (N, c)."""
+        if self.stacked is not None:
+            return F.linear(F.silu(c), *self.stacked).chunk(len(self.blocks), dim=1)
+        return [self.t_block(c) if self.config.modulation == "single" else c] * len(self.blocks)
+
+    def stack_modulations(self) -> None:
+        """For sampling: one product makes the modulations of all blocks; their weights are laid side by side in memory.
+
+        After the model is on its device, in its dtype; without effect where blocks share a modulation.
+        """
+        if self.config.modulation == "single":
+            return
+        projections = [block.adaLN_modulation[1] for block in self.blocks]
+        self.stacked = []
+        for name in ("weight", "bias"):
+            parameters = [getattr(projection, name) for projection in projections]
+            together = torch.cat([parameter.detach() for parameter in parameters])
+            for parameter, part in zip(parameters, together.chunk(len(parameters)), strict=True):
+                parameter.data = part
+            self.stacked.append(together)
+        for block in self.blocks:
+            block.is_modulated = True
 
     def _embed(self, x: Tensor | Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]] | None]:
         """The tokens (N, T, D), and the rows and columns of each image of a list, or of all of a tensor, if it tells.
@@ -325,17 +353,18 @@ class DiT(nn.Module):
         for block in self.blocks:
             block.checkpointing = name
 
-    def compile_blocks(self, fullgraph: bool = True) -> None:
+    def compile_blocks(self, fullgraph: bool = True, **options) -> None:
         """torch.compile each block in place: one compilation serves all, and parameter names stay.
 
         Last of all: a copy that is made afterwards would compute with this model's weights. `fullgraph` False: parts of
-        a block escape compilation.
+        a block escape compilation. Options as `Compiling` has them.
         """
+        compiling = Compiling(**options)
         for block in self.blocks:
             if block.checkpointing == "selective":  # the compiler has to see what is kept
-                block.compile(fullgraph=fullgraph)
+                block.forward = compiling(block.forward, fullgraph)
             else:  # what computes a second time is the same code, which rounds alike
-                block.compute = torch.compile(block.compute, fullgraph=fullgraph)
+                block.compute = compiling(block.compute, fullgraph)
 
 
 def count_parameters(model: DiT) -> tuple[int, int]:

@@ -41,6 +41,7 @@ from cli import (
     said,
     values,
 )
+from compiling import choose_compile
 from conditions import Captions, Classes
 from configuration import (
     MODEL_FLAGS,
@@ -400,8 +401,9 @@ def new_network(run: Run, whole_blocks: bool = True) -> DiT:
     for block in network.blocks:
         if block.is_moe:
             block.moe.gate.keeps_logits = "z" in args.balance
-    if args.compile:
-        network.compile_blocks(fullgraph=whole_blocks)
+    said = "compile" in args.given
+    if args.compile and (said or whole_blocks):
+        network.compile_blocks(whole_blocks, note=lambda line: run.log.info(line), or_plain=not said)
     torch.manual_seed(args.global_seed)
     return network
 
@@ -486,8 +488,7 @@ def _choose(args, processes: distributed.Processes) -> Choices:
     args.model = name_of(model, args.model)
     if "lr" not in args.given:
         args.lr = PARAMETRIZATIONS[model.parametrization].lr
-    if args.compile:
-        machine.check_compile(model, machine.PRECISIONS[args.precision])
+    args.compile = choose_compile(args.compile, model, processes.device, machine.PRECISIONS[args.precision])
     objective = choose_objective(args, found)
     spell_out(args, objective)
     check_needs(args, (*objectives.NEEDS, *NEEDS))

@@ -24,6 +24,7 @@ import cli
 import text
 from autoencoders import SpaceInfo, add_root_arguments, load_space, space_info, vae_below
 from cli import Need, Parser, RunStopped, UsageError, check_needs, natural_int, number_in, only, positive_int, warn_once
+from compiling import choose_compile
 from conditions import CHOICES, Captions, Classes
 from configuration import (
     DIT_MUP,
@@ -39,7 +40,7 @@ from configuration import (
 from diffusion import classifier_free_guidance
 from families import DiT_models
 from layers import check_attention
-from machine import add_machine_arguments, check_compile
+from machine import add_machine_arguments
 from models import DiT
 from objectives import SETTINGS, add_objective_arguments, check_against, choose_objective, in_words
 from prompts import Prompt, read_prompts
@@ -109,7 +110,9 @@ def add_sampling_arguments(parser: Parser, ckpt: bool = True) -> None:
     )
 
     group = add_machine_arguments(parser)
-    parser.add_switch(group, "--cuda-graph", False, "record the network's kernels and replay them (bf16 on a GPU)")
+    parser.add_switch(
+        group, "--cuda-graph", "auto", "record the network's kernels and replay them; auto: on a GPU in bf16"
+    )
 
 
 def add_set_arguments(parser: Parser):
@@ -351,18 +354,26 @@ class Captured:
 
     For sampling: no gradients, bf16 weights (what autocast casts and keeps would be outside of the graph, and other
     precisions ask the host where experts' segments end), inputs (N, ...) on the GPU. The graph's memory stays taken as
-    long as this lives. Stands in for the model in `generate`.
+    long as this lives. Stands in for the model in `generate`. What cannot be recorded is said, and runs as it is.
     """
 
     def __init__(self, model: DiT):
         self.model, self.recorded = model, {}
         self.config, self.parameters = model.config, model.parameters
+        self.given_up = False
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         tensors = tree_leaves(inputs)  # a condition may be several
         key = tuple((each.shape, each.dtype) for each in tensors)
+        if key not in self.recorded and not self.given_up:
+            try:
+                self.recorded[key] = _record(self.model, inputs)
+            except RuntimeError as error:
+                self.given_up = True
+                reason = str(error).partition("\n")[0]
+                warn_once(f"no CUDA graph ({reason}); kernels are launched one by one")
         if key not in self.recorded:
-            self.recorded[key] = _record(self.model, inputs)
+            return self.model(*inputs)
         graph, places, output = self.recorded[key]
         for place, given in zip(tree_leaves(places), tensors, strict=True):
             place.copy_(given)
@@ -523,22 +534,25 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
     if args.published_pool and not weights.config.pools_batch:
         raise UsageError(f"--published-pool: {weights.source} has no router batch-pool")
     pooled = weights.config.pools_batch or (guide is not None and guide.config.pools_batch)
-    if pooled and (args.compile or args.cuda_graph):
+    if pooled and True in (args.compile, args.cuda_graph):
         raise UsageError("router batch-pool asks the host how many tokens there are: no --compile, no --cuda-graph")
-    if args.cuda_graph and (device.type != "cuda" or dtype != torch.bfloat16):
+    fast = device.type == "cuda" and dtype == torch.bfloat16
+    if args.cuda_graph is True and not fast:
         raise UsageError("--cuda-graph needs a GPU and --precision bf16")
+    graph = fast and not pooled if args.cuda_graph == "auto" else args.cuda_graph
+    compiles = choose_compile(args.compile, weights.config, device, dtype)
     check_attention(args.attention, device, dtype, weights.config.hidden_size // weights.config.num_heads)
-    if args.compile:
-        check_compile(weights.config, dtype)
     model = weights.build(device, dtype)
     model.set_attention(args.attention)
     for block in model.blocks if args.published_pool else ():
         if block.is_moe:
             block.moe.gate.published_pool = True
-    if args.compile:
-        model.compile_blocks()
     model.eval().requires_grad_(False)
-    network = captured(model) if args.cuda_graph else model
+    model.stack_modulations()
+    if compiles:
+        say = (lambda line: print(line, file=sys.stderr)) if _is_first() else lambda line: None
+        model.compile_blocks(note=say, or_plain=args.compile == "auto")
+    network = captured(model) if graph else model
     kind = weights.condition
     if isinstance(kind, Captions):
         kind = replace(kind, encode=_choose_encoder(args, weights).to(device))
@@ -546,7 +560,7 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
             kind = replace(kind, nothing=args.negative_prompt)
     elif args.negative_prompt is not None:
         raise UsageError(f"--negative-prompt: {weights.source} draws from classes")
-    if guide is not None and args.cuda_graph:
+    if guide is not None and graph:
         guide = captured(guide)
     return Loaded(model, network, objective, space.to(device), image_size, weights.source, settings, kind, guide)
 

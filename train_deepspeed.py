@@ -257,7 +257,7 @@ class ZeroEngine:
         self.args, self.device, self.processes = args, run.processes.device, run.processes
         self.stage, self.world_size = config["zero_optimization"]["stage"], run.processes.world_size
         for flag, given in (
-            ("--compile", args.compile),
+            ("--compile", args.compile and "compile" in args.given),
             ("--activation-checkpointing selective", args.activation_checkpointing == "selective"),
         ):
             if given and self.stage == 3:
@@ -273,7 +273,7 @@ class ZeroEngine:
         self._check_precision(args.precision)
         self._join()
 
-        self.module = runs.new_network(run)
+        self.module = runs.new_network(run, whole_blocks=self.stage < 3)
         # DeepSpeed switches an autocast around its forward off: it has to be inside.
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.module.forward = autocast(self.module.forward)

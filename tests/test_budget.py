@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from benchmarks.naive import NaiveMoE
 from benchmarks.traffic import Case, case_rows, record, weights_of
 from configuration import build_config
-from models import DiTBlock
+from diffusion import classifier_free_guidance
+from models import DiT, DiTBlock
 from moe import ExpertsConfig, MoE
 from routers import RouterConfig, load_balancing_loss
 
@@ -62,6 +63,23 @@ def test_traffic_of_a_layer(experts, forward, both):
         ("layer, dense", "forward"): 50,
         ("layer, dense", "forward + backward"): 160,
     }
+
+
+def test_kernels_of_a_guided_step():
+    """Of two blocks, and of three: their modulations are one product, and so no kernels of a block."""
+    found = []
+    for depth in (2, 3):
+        config = build_config(
+            "DiT-S/2", depth=depth, hidden_size=HIDDEN, num_heads=2, num_experts=EXPERTS, input_size=8
+        )
+        with FakeTensorMode(), weights_of(torch.bfloat16):
+            model = DiT(config).eval().requires_grad_(False)
+            model.stack_modulations()
+            x, labels = torch.randn(2, 4, 8, 8, dtype=torch.float32), torch.zeros(2, dtype=torch.int64)
+            denoise = classifier_free_guidance(model, labels, config.null_class, 4.0)
+            step, _ = record(lambda x, denoise=denoise: x - 0.1 * denoise(x, 0.7)[:, :4], x, grad=False)
+        found.append(len(step.made))
+    assert (found[0], found[1] - found[0]) == (0, 0), [name for name, _ in step.made]
 
 
 @pytest.mark.parametrize("experts", [4, 64])

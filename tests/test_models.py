@@ -255,6 +255,32 @@ def test_residual_stream_is_contiguous():
     assert len(streams) == len(model.blocks) and all(x.is_contiguous() for x in streams)
 
 
+def test_stacked_modulations_are_the_same():
+    model = randomized(tiny())
+    given, weights = inputs(model), {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(*given)
+        model.stack_modulations()
+        torch.testing.assert_close(model(*given), expected)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert len({block.adaLN_modulation[1].weight.untyped_storage().data_ptr() for block in model.blocks}) == 1
+
+
+def test_blocks_that_cannot_be_compiled_run_as_they_are(monkeypatch):
+    def refuse(*args):
+        raise torch._dynamo.exc.Unsupported("no such thing\nand much more")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: refuse)
+    model, notes = randomized(tiny()), []
+    expected = model(*inputs(model))
+    model.compile_blocks(note=notes.append, or_plain=True)
+    assert torch.equal(model(*inputs(model)), expected)
+    assert notes == ["WARNING: blocks run uncompiled, Unsupported: no such thing"]
+    model.compile_blocks()
+    with pytest.raises(torch._dynamo.exc.Unsupported):  # asked for by name
+        model(*inputs(model))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_blocks_have_the_gradients(autocast):

@@ -23,10 +23,10 @@ from torch.torch_version import TorchVersion
 import checkpoint
 import cli
 import distributed
-import machine
 import runs
 import train
 import training
+from compiling import choose_compile
 from configuration import build_config
 from diffusion import RectifiedFlow
 from distributed import Processes
@@ -801,11 +801,19 @@ def test_experts_that_an_old_pytorch_cannot_trace_are_refused(monkeypatch):
     sparse, dense = build_config("DiT-Nano/2", num_experts=4), build_config("DiT-Nano/2")
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
     with pytest.raises(cli.UsageError, match="experts in float16 needs PyTorch 2.15 or newer, this is 2.11.0"):
-        machine.check_compile(sparse, torch.float16)
-    machine.check_compile(sparse, torch.bfloat16)
-    machine.check_compile(dense, torch.float32)
+        choose_compile(True, sparse, CPU, torch.float16)
+    assert choose_compile(True, sparse, CPU, torch.bfloat16) and choose_compile(True, dense, CPU, torch.float32)
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.15.0"))
-    machine.check_compile(sparse, torch.float32)
+    assert choose_compile(True, sparse, CPU, torch.float32)
+
+
+def test_blocks_are_compiled_unasked_where_it_pays():
+    sparse, pooled = (build_config("DiT-Nano/2", num_experts=4, router=r) for r in ("softmax", "batch-pool"))
+    gpu = torch.device("cuda")
+    assert choose_compile("auto", sparse, gpu, torch.bfloat16) is True
+    others = (sparse, CPU, torch.bfloat16), (sparse, gpu, torch.float16), (pooled, gpu, torch.bfloat16)
+    assert not any(choose_compile("auto", *other) for other in others)
+    assert choose_compile(False, sparse, gpu, torch.bfloat16) is False
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.png", "caf\u00e9.png".encode()])

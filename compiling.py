@@ -1,0 +1,76 @@
+"""torch.compile of a network's blocks: where it pays, kept between runs, and given up in words where it fails."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cli import UsageError
+from configuration import DiTConfig
+
+
+def choose_compile(wanted: bool | str, config: DiTConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """`--compile`; `auto`: on a GPU in bf16, where every router can be traced.
+
+    Raises:
+        UsageError: it is wanted where PyTorch is too old to trace grouped products of this dtype.
+    """
+    if wanted == "auto":
+        return device.type == "cuda" and dtype == torch.bfloat16 and not config.pools_batch
+    if wanted and config.num_experts and dtype != torch.bfloat16 and torch.__version__ < "2.15":
+        what = f"--compile with experts in {str(dtype).removeprefix('torch.')}"
+        raise UsageError(f"{what} needs PyTorch 2.15 or newer, this is {torch.__version__}; use --precision bf16")
+    return wanted
+
+
+class Compiling:
+    """Compiles functions, and says so.
+
+    note      told in a line what it took, or why it failed
+    or_plain  the first failure lets all of them run as they are; else it is raised
+    """
+
+    def __init__(self, note: Callable[[str], None] = lambda line: None, or_plain: bool = False):
+        self.note, self.or_plain = note, or_plain
+        self.given_up, self.called = False, False
+        folder = _kept_in()
+        if hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
+            # Else a backward that cannot be compiled is noticed in the backward, where there is no way back.
+            torch._functorch.config.force_non_lazy_backward_lowering = True
+        self.where = f"kept in {folder}" if folder else "not kept"
+
+    def __call__(self, function: Callable, fullgraph: bool = True) -> Callable:
+        compiled = torch.compile(function, fullgraph=fullgraph)
+
+        def run(*args):
+            if self.given_up:
+                return function(*args)
+            began, first, self.called = time.perf_counter(), not self.called, True
+            try:
+                out = compiled(*args)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                if not self.or_plain:
+                    raise
+                self.given_up = True
+                self.note(f"WARNING: blocks run uncompiled, {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+                return function(*args)
+            if first:
+                self.note(f"blocks compiled, in {time.perf_counter() - began:.1f} s ({self.where})")
+            return out
+
+        return run
+
+
+def _kept_in() -> Path | None:
+    """Where compiled code outlives the process: the user's cache, and not /tmp, which PyTorch would take."""
+    if (said := os.environ.get("TORCHINDUCTOR_CACHE_DIR")) is not None:
+        return Path(said)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchinductor"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    return folder
