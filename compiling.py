@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._functorch.config as functorch
 
 from cli import UsageError
 from configuration import DiTConfig
@@ -36,9 +37,9 @@ class Compiling:
         self.note, self.or_plain = note, or_plain
         self.given_up, self.called = False, False
         folder = _kept_in()
-        if hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
+        if hasattr(functorch, "force_non_lazy_backward_lowering"):
             # Else a backward that cannot be compiled is noticed in the backward, where there is no way back.
-            torch._functorch.config.force_non_lazy_backward_lowering = True
+            functorch.force_non_lazy_backward_lowering = True
         self.where = f"kept in {folder}" if folder else "not kept"
 
     def __call__(self, function: Callable, fullgraph: bool = True) -> Callable:

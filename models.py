@@ -171,6 +171,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(config, is_moe=i in config.moe_indices) for i in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.stacked = None  # of `stack_modulations`
+        self.residual_dtype: torch.dtype | None = None  # of the tokens between blocks; None: that of the weights
         self.init_weights()
         self.register_load_state_dict_pre_hook(_accept_published_names)
 
@@ -188,8 +189,9 @@ class DiT(nn.Module):
             (N, out_channels, H, W), or a list of such images, or that and a list of L `Routing`.
         """
         x, sizes = self._embed(x)  # (N, T, D)
-        # From here on fp32 under autocast.
+        # From here on fp32 under autocast, if nothing else was asked for.
         x = x.to(self.x_embedder.proj.weight.dtype) if self.pos_embed is None else x + self.pos_embed
+        x = x if self.residual_dtype is None else x.to(self.residual_dtype)
         c, rotation, reading, null = self.t_embedder(t), self._rotation(x.device), (None, None), None  # (N, c)
         if self.config.caption_width:
             features, mask, null = Prompts(*condition)

@@ -175,6 +175,12 @@ def add_training_arguments(parser: Parser) -> None:
 
     group = machine.add_machine_arguments(parser)
     group.add_argument(
+        "--residual-dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of what passes from block to block; bf16, with --precision bf16, halves it and rounds each block's result",
+    )
+    group.add_argument(
         "--activation-checkpointing",
         type=checkpointing,
         metavar="KIND",
@@ -251,6 +257,9 @@ NEEDS = (  # besides those of objectives.py
         ("base_width", "output_mult", "load_base_shapes"),
         lambda args: args.parametrization != "standard",
         "--mup (the standard parametrization has no base)",
+    ),
+    Need(
+        ("residual_dtype",), lambda args: args.residual_dtype == "fp32" or args.precision == "bf16", "--precision bf16"
     ),
     Need(("z_loss_alpha",), lambda args: "z" in args.balance, "--balance z"),
     Need(("cooldown",), lambda args: args.lr_schedule == "wsd", "--lr-schedule wsd"),
@@ -398,6 +407,7 @@ def new_network(run: Run, whole_blocks: bool = True) -> DiT:
         network = DiT(run.config)
     network.set_checkpointing(args.activation_checkpointing)
     network.set_attention(args.attention)
+    network.residual_dtype = torch.bfloat16 if args.residual_dtype == "bf16" else None
     for block in network.blocks:
         if block.is_moe:
             block.moe.gate.keeps_logits = "z" in args.balance

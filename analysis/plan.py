@@ -81,20 +81,29 @@ class Precision:
 
     compute: int  # of matrix products: weights, inputs and outputs
     stream: int  # of the residual stream and its norms, which autocast leaves in fp32
+    stored: int = 4  # of the weights as they are kept
 
     @property
     def casts(self) -> bool:
         """Do weights and gradients have another precision than products?"""
-        return self.compute < self.stream
+        return self.compute < self.stored
 
 
 PRECISIONS = {"bf16": Precision(2, 4), "fp16": Precision(2, 4), "tf32": Precision(4, 4), "fp32": Precision(4, 4)}
 
 
-def precision_of(name: str, strategy: Strategy) -> Precision:
-    """DeepSpeed casts the whole model, other engines use autocast."""
+def precision_of(name: str, strategy: Strategy, residual_dtype: str = "fp32") -> Precision:
+    """DeepSpeed casts the whole model, other engines use autocast.
+
+    Raises:
+        UsageError: a residual stream in bf16 between products that are not.
+    """
     precision = PRECISIONS[name]
-    return replace(precision, stream=precision.compute) if strategy.deepspeed else precision
+    if residual_dtype == "bf16" and name != "bf16":
+        raise UsageError(f"--residual-dtype bf16 needs --precision bf16, got {name}")
+    if strategy.deepspeed:
+        return replace(precision, stream=precision.compute, stored=precision.compute)
+    return replace(precision, stream=precision.compute) if residual_dtype == "bf16" else precision
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters
@@ -481,6 +490,7 @@ class Plan:
     none: Outlook
     selective: Outlook | None  # not where weights are gathered inside each block
     full: Outlook
+    residual_dtype: str = "fp32"
 
 
 def plan(
@@ -498,6 +508,7 @@ def plan(
     bandwidth: float | None = None,
     link: float | None = None,
     pixels: bool = False,
+    residual_dtype: str = "fp32",
     **options,
 ) -> Plan:
     """What training takes on `gpus` GPUs.
@@ -505,6 +516,7 @@ def plan(
     Args:
         batch_size: images per GPU and micro-batch.
         gpu_memory, peak_tflops, bandwidth, link: GB, TFLOP/s, TB/s, GB/s; None: the datasheet's of `gpu`.
+        residual_dtype: of what passes from block to block, fp32 or bf16.
         pixels: no autoencoder; else latents of 4 channels with an eighth of the image's side.
         options: fields of `DiTConfig`.
 
@@ -537,7 +549,7 @@ def plan(
     parameters, strategy = parameter_counts(config), STRATEGIES[data_parallel]
     if gpus == 1 and not strategy.deepspeed:
         strategy = STRATEGIES["ddp"]  # as train.py does it: nothing to shard
-    widths = precision_of(precision, strategy)
+    widths = precision_of(precision, strategy, residual_dtype)
     job = Job(config, parameters, strategy, widths, gpus, expert_parallel, batch_size, accum_iter)
 
     def outlook(checkpointing: str) -> Outlook:
@@ -573,6 +585,7 @@ def plan(
         none=outlook("none"),
         selective=None if strategy.weights else outlook("selective"),
         full=outlook("full"),
+        residual_dtype=residual_dtype,
     )
 
 
@@ -637,6 +650,7 @@ def report(p: Plan) -> str:
     experts += ", QK-norm" if config.qk_norm != "none" else ""
     sizes = f"{p.batch_size} images per GPU"
     sizes += f" x {p.accum_iter} micro-batches" if p.accum_iter > 1 else ""
+    stream = " between blocks too" if p.residual_dtype == "bf16" else ""
     across = f", experts over {p.expert_parallel}" if p.expert_parallel > 1 else ""
     lines = [
         f"{p.model}{experts}; {p.image_size}x{p.image_size} images, {tokens_per_image(config)} tokens each",
@@ -644,7 +658,7 @@ def report(p: Plan) -> str:
         f"  forward     {work.forward / 1e9:,.1f} GFLOP per image, {work.linear / 1e9:,.1f} without attention products",
         f"  training    {work.training / 1e9:,.1f} GFLOP per image, {work.checkpointed / 1e9:,.1f} fully checkpointed",
         "",
-        f"{p.data_parallel} on {p.gpus} {p.gpu}{across}; {p.precision}, {sizes}, "
+        f"{p.data_parallel} on {p.gpus} {p.gpu}{across}; {p.precision}{stream}, {sizes}, "
         f"{p.gpus * p.batch_size * p.accum_iter} per step",
         f"  at datasheet rates unless told otherwise: {p.hardware.memory:g} GB, {p.peak_tflops:g} TFLOP/s, "
         f"{p.hardware.bandwidth:g} TB/s, links {p.hardware.link:g} GB/s; sustained rates are lower",
@@ -727,6 +741,9 @@ def get_parser() -> cli.Parser:
     group.add_argument("--batch-size", type=positive_int, default=32, help="images per GPU and micro-batch")
     group.add_argument("--accum_iter", type=positive_int, default=1, help="micro-batches of a step")
     group.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of matrix products")
+    group.add_argument(
+        "--residual-dtype", choices=("fp32", "bf16"), default="fp32", help="of what passes between blocks"
+    )
     group.add_argument("--data-parallel", choices=STRATEGIES, default="ddp", help="what GPUs keep a share of")
     group.add_argument("--expert-parallel", type=positive_int, default=1, help="GPUs that share a layer's experts")
 

@@ -98,6 +98,7 @@ def test_images_agree_with_the_cpu(objective):
         ["--precision", "fp16", "--rf", "False"],
         ["--precision", "tf32", "--activation-checkpointing"],
         ["--precision", "bf16", "--compile", "--accum_iter", "2"],
+        ["--precision", "bf16", "--residual-dtype", "bf16"],
         ["--precision", "bf16", "--compile", "--activation-checkpointing", "selective"],
         ["--precision", "fp32", "--deterministic"],
     ],

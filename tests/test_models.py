@@ -255,6 +255,20 @@ def test_residual_stream_is_contiguous():
     assert len(streams) == len(model.blocks) and all(x.is_contiguous() for x in streams)
 
 
+def test_residual_stream_in_bf16():
+    """Twice as much is rounded, and no more: tokens are bf16 between blocks, results as near as bf16 products are."""
+    model, streams = randomized(tiny()), []
+    given = inputs(model)
+    expected = model(*given)
+    model.residual_dtype = torch.bfloat16
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: streams.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(*given)
+    assert streams == [torch.bfloat16] * len(model.blocks)
+    assert (out - expected).norm() / expected.norm() < 0.05
+
+
 def test_stacked_modulations_are_the_same():
     model = randomized(tiny())
     given, weights = inputs(model), {name: value.clone() for name, value in model.state_dict().items()}

@@ -201,7 +201,7 @@ BATCH = 5  # unlike any width, so that no activation has the shape of a weight
 def test_saved_tensors_on_a_cpu(variant, mode):
     """Within 2 %; what is left is scalars, offsets and the like."""
     config = config_of(variant)
-    precision = {"fp32": Precision(4, 4), "bf16 autocast": Precision(2, 4), "bf16 weights": Precision(2, 2)}[mode]
+    precision = {"fp32": Precision(4, 4), "bf16 autocast": Precision(2, 4), "bf16 weights": Precision(2, 2, 2)}[mode]
     expected = activations(config, precision)
     tokens = planner.tokens_per_image(config)
     dtype = torch.bfloat16 if mode == "bf16 weights" else torch.float32
@@ -282,15 +282,18 @@ def test_saved_tensors_under_cudas_autocast(variant, name):
 @traces_fp32
 @pytest.mark.parametrize("options", [dict(num_experts=8), {}], ids=["sparse", "dense"])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16 throughout"])
 def test_peak_of_a_step(options, checkpointing, precision):
     """Everything that is live, at S's width and 16 images: the peak of forward and backward, without numbers."""
     config = build_config("DiT-S/2", depth=4, **options)
-    made = plan("DiT-S/2", batch_size=16, precision=precision, depth=4, **options)
+    precision, _, throughout = precision.partition(" ")
+    narrow = {"residual_dtype": "bf16"} if throughout else {}
+    made = plan("DiT-S/2", batch_size=16, precision=precision, depth=4, **narrow, **options)
     expected = getattr(made, checkpointing).memory
     with FakeTensorMode():
         model = DiT(config)
         model.set_checkpointing(checkpointing)
+        model.residual_dtype = torch.bfloat16 if throughout else None
         for block in model.blocks:
             block.attn.backend = flash_on_cpu
         optimizer = torch.optim.AdamW(model.parameters())
