@@ -6,6 +6,7 @@ Queries, keys and values as a block has them (views of one product), checked aga
 ratio is to the fastest; "auto" is what PyTorch chooses. Ways that have no kernel for a shape are left out with a word.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import cli
 from benchmarks import harness
+from benchmarks.report import Bench
 from cli import UsageError
 from configuration import build_config
 from layers import ATTENTION_BACKENDS, attend, check_attention
@@ -40,23 +42,21 @@ QUICK_CASES = (Case("Nano", 64, 2),)
 
 
 def get_parser() -> cli.Parser:
-    parser = harness.get_parser("attention", __doc__)
-    harness.add_network_arguments(parser, seconds=60, compile=False)
+    parser = harness.get_parser("attention", __doc__, budget=60)
+    harness.add_network_arguments(parser, compile=False)
     return parser
 
 
 def main(args) -> None:
-    device, dtype, rates, limit = harness.start_network(args)
-    rows = []
-    for case in QUICK_CASES if args.quick else GPU_CASES if device.type == "cuda" else CPU_CASES:
-        if limit.allows(str(case)):
-            rows += case_rows(case, device, dtype, rates, args.rounds)
-    left_out = limit.left_out + absent(device, dtype)
-    harness.report(args, device, {"attention": rows}, goals=[], rates=vars(rates), left_out=left_out)
+    bench = Bench(args, network=True)
+    bench.record["left_out"] = absent(bench.device, bench.dtype)
+    cases = QUICK_CASES if args.quick else GPU_CASES if bench.cuda else CPU_CASES
+    bench.run({str(case): partial(case_rows, bench, case) for case in cases})
 
 
-def case_rows(case: Case, device: torch.device, dtype: torch.dtype, rates: harness.Rates, rounds: int) -> list[dict]:
+def case_rows(bench: Bench, case: Case) -> Iterator[tuple[str, list[dict]]]:
     """Check the ways of a case, then time them; a row for each way and pass."""
+    device, dtype = bench.device, bench.dtype
     config = build_config(f"DiT-{case.model}/2", input_size=case.side // 8)
     heads, width, tokens = config.num_heads, config.hidden_size // config.num_heads, (case.side // 16) ** 2
     qkv = torch.randn(case.images, tokens, 3, heads, width, device=device).to(dtype).requires_grad_()
@@ -67,15 +67,14 @@ def case_rows(case: Case, device: torch.device, dtype: torch.dtype, rates: harne
     expected = results("math", exact, grad.float())
     harness.check(expected, {way: results(way, qkv, grad) for way in ways}, harness.tolerance(dtype))
 
-    rows = []
     for name, call, factor in (("forward", forward, 4), ("forward + backward", results, 14)):
-        times = harness.measure({way: partial(call, way, qkv, grad) for way in ways}, device, rounds)
+        times = bench.measure({way: partial(call, way, qkv, grad) for way in ways})
         fastest = min(ways, key=times.median)
         work = factor * case.images * heads * tokens**2 * width
-        rows += [
+        rows = [
             {
                 "over fastest": times.ratio(way, fastest),
-                "share of matrix rate": work / times.median(way) / rates.flops,
+                "share of matrix rate": work / times.median(way) / bench.rates.flops,
                 "way": way,
                 "pass": name,
                 "model": case.model,
@@ -83,10 +82,11 @@ def case_rows(case: Case, device: torch.device, dtype: torch.dtype, rates: harne
                 "tokens": tokens,
                 "images": case.images,
                 "ms": times.median(way) * 1e3,
+                "rounds": times.rounds,
             }
             for way in sorted(ways, key=times.median)
         ]
-    return rows
+        yield "attention", rows
 
 
 def forward(way: str, qkv: Tensor, _) -> Tensor:

@@ -17,7 +17,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch.utils.data import default_collate
 
 import cli
 from benchmarks import harness
+from benchmarks.report import Bench
 from caption_features import EMPTY, FeatureShards, write_array, write_captions
 from captions import NpzFeatures
 from data import BatchSchedule
@@ -184,54 +186,62 @@ class CaptionWays:
         assert torch.equal(there, same) and torch.equal(ours.float(), theirs)
 
 
-def measure(ways: Ways | CaptionWays, batches: list, rounds: int) -> dict[str, dict[str, float]]:
+def measure(ways: Ways | CaptionWays, kind: str, batches: list, rounds: int) -> dict[str, float]:
     """Images per second: the median over rounds in which the ways of a kind take turns, after one that does not count.
 
     A kind is measured to its end before the next begins: cold reads would take from the page cache what others need.
     """
-    medians = {}
-    for kind, functions in ways.kinds().items():
-        rates = {name: [] for name in functions}
-        for _ in range(1 + rounds):
-            for name, way in functions.items():
-                if kind == "cold read":
-                    ways.forget()
-                began = time.perf_counter()
-                for keys in batches:
-                    way(keys)
-                rates[name].append(sum(map(len, batches)) / (time.perf_counter() - began))
-        medians[kind] = {name: statistics.median(rate[1:]) for name, rate in rates.items()}
-    return medians
+    functions = ways.kinds()[kind]
+    rates = {name: [] for name in functions}
+    for _ in range(1 + rounds):
+        for name, way in functions.items():
+            if kind == "cold read":
+                ways.forget()
+            began = time.perf_counter()
+            for keys in batches:
+                way(keys)
+            rates[name].append(sum(map(len, batches)) / (time.perf_counter() - began))
+    return {name: statistics.median(rate[1:]) for name, rate in rates.items()}
 
 
 def main(args) -> None:
-    device = harness.start(args)
     if args.quick:
         args.images, args.shard_size, args.batch_size, args.batches, args.captions = 64, 16, 16, 2, 16
+    bench = Bench(args, latent_shape=SHAPE)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        ways = Ways(Path(folder), args.images, args.shard_size)
-        stream = BatchSchedule(args.images, args.batch_size, 1, 0, 1, seed=0).micro_batches(0)
-        batches = [next(stream) for _ in range(args.batches)]
-        ways.check(batches[0])
-        rates = measure(ways, batches, args.rounds)
-        captions = CaptionWays(Path(folder), args.captions)
-        size = min(args.batch_size, args.captions)
-        stream = BatchSchedule(args.captions, size, 1, 0, 1, seed=0).micro_batches(0)
-        batches = [next(stream) for _ in range(args.batches)]
-        captions.check(batches[0])
-        rates |= measure(captions, batches, args.rounds)
 
-    tables = {}
-    for kind, rate in rates.items():
-        best = rate["shards, batched"]
-        slower = "times slower than shards, batched"
-        what = "captions/s" if kind == "captions" else "images/s"
-        tables[kind] = [{slower: best / value, "way": way, what: value} for way, value in rate.items()]
-    harness.report(args, device, tables, goals=[], latent_shape=SHAPE, bytes_per_caption=round(captions.bytes))
+        @cache
+        def latents() -> tuple[Ways, list]:
+            ways = Ways(Path(folder), args.images, args.shard_size)
+            return ways, checked_batches(ways, args.images, args)
+
+        @cache
+        def captions() -> tuple[CaptionWays, list]:
+            ways = CaptionWays(Path(folder), args.captions)
+            bench.record["bytes_per_caption"] = round(ways.bytes)
+            return ways, checked_batches(ways, args.captions, args)
+
+        kinds = {"read": latents, "item": latents, "cold read": latents, "captions": captions}
+        bench.run({kind: partial(kind_rows, kind, make, args.rounds) for kind, make in kinds.items()})
+
+
+def checked_batches(ways: Ways | CaptionWays, count: int, args) -> list:
+    """What to read, in random order."""
+    stream = BatchSchedule(count, min(args.batch_size, count), 1, 0, 1, seed=0).micro_batches(0)
+    batches = [next(stream) for _ in range(args.batches)]
+    ways.check(batches[0])
+    return batches
+
+
+def kind_rows(kind: str, make: Callable, rounds: int) -> Iterator[tuple[str, list[dict]]]:
+    rate = measure(make()[0], kind, make()[1], rounds)
+    best, what = rate["shards, batched"], "captions/s" if kind == "captions" else "images/s"
+    slower = "times slower than shards, batched"
+    yield kind, [{slower: best / value, "way": way, what: value} for way, value in rate.items()]
 
 
 def get_parser() -> cli.Parser:
-    parser = harness.get_parser("data", __doc__)
+    parser = harness.get_parser("data", __doc__, budget=300)
     parser.add_argument("--images", type=cli.positive_int, default=8192, help="samples in the data set")
     parser.add_argument("--shard-size", type=cli.positive_int, default=1024, help="of them in a shard")
     parser.add_argument("--batch-size", type=cli.positive_int, default=256, help="samples read at once")

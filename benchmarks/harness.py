@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: interleaved timing, checks before it, the machine's own limits, goals and reports.
+"""What the speed benchmarks share: flags, interleaved timing, checks before it, the machine's own limits, models.
 
 A benchmark is a table of *ways* to do the same work. `check` compares what they compute with a reference, and raises
 before anything is timed; `measure` lets them take turns, so that whatever else the machine does hits all alike; what is
@@ -7,51 +7,51 @@ with one thread the clock is the process's own time, which leaves out what other
 and memory; with more threads it is wall time, and the machine should be quiet.
 """
 
-import argparse
 import contextlib
 import os
 import platform
-import shlex
 import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import cli
 import distributed
 from analysis.plan import GPUS, Precision, elementwise_bytes, flops
 from configuration import DiTConfig
-from files import write_json
-from machine import PRECISIONS, choose_precision, set_precision
+from machine import PRECISIONS, add_device_argument
 from models import DiT
 
 RESULTS = Path("results/benchmarks")
 SHORTEST = 5e-3  # seconds: shorter work is repeated for one reading of the clock
+FEWEST = 3  # rounds, however long they take
+TOP_KERNELS, LONGEST_NAME = 15, 100  # of a profile
 
 # --------------------------------------------------------------------------------------------------------------- flags
 
 
-def get_parser(name: str, description: str) -> cli.Parser:
-    """The flags that every benchmark has."""
+def get_parser(name: str, description: str, budget: float) -> cli.Parser:
+    """The flags that every benchmark has, which has some `budget` of seconds by default."""
     parser = cli.Parser(prog=f"python -m benchmarks.{name}", description=description.partition("\n")[0])
-    add_common_arguments(parser)
+    add_common_arguments(parser, budget)
+    parser.add_argument("--rounds", type=cli.positive_int, default=11, help="that the medians are over, at most")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="JSON file to write")
     return parser
 
 
-def add_common_arguments(parser: cli.Parser) -> None:
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one"
-    )
+def add_common_arguments(parser: cli.Parser, budget: float | None) -> None:
+    add_device_argument(parser)
     parser.add_argument(
         "--threads", type=cli.positive_int, default=1, help="of a CPU; with 1, other work disturbs least"
     )
-    parser.add_argument("--rounds", type=cli.positive_int, default=11, help="that the medians are over")
+    parser.add_argument("--budget", type=cli.number_in(0, 1e6), default=budget, help="begin no case after so many s")
+    parser.add_switch(parser, "--resume", False, "keep what the file has of the same settings, versions and GPU")
     parser.add_switch(parser, "--quick", False, "tiny sizes, to see that it runs; the numbers mean nothing")
 
 
@@ -64,19 +64,12 @@ def start(args) -> torch.device:
     return device
 
 
-def add_network_arguments(parser: cli.Parser, seconds: float, compile: bool = True) -> None:
-    """The flags of benchmarks that run networks, for at most some `seconds` by default."""
-    parser.add_argument("--seconds", type=cli.number_in(1, 1e6), default=seconds, help="begin no case after so long")
+def add_network_arguments(parser: cli.Parser, compile: bool = True) -> None:
+    """The flags of benchmarks that run networks."""
     parser.add_argument("--precision", choices=PRECISIONS, help="bf16 on a GPU, else fp32")
     if compile:
         parser.add_switch(parser, "--compile", None, "measure compiled ones too (default: on a GPU)")
-
-
-def start_network(args) -> "tuple[torch.device, torch.dtype, Rates, TimeLimit]":
-    """What such a benchmark begins with: where, in which precision, how fast the machine is, when to end."""
-    device = start(args)
-    dtype = set_precision(choose_precision(args.precision, device))
-    return device, dtype, measured_rates(device, dtype, args.quick), TimeLimit(args.seconds)
+        parser.add_switch(parser, "--profile", False, "then list the kernels that take the most time")
 
 
 # ------------------------------------------------------------------------------------------------------------- checking
@@ -123,6 +116,10 @@ class Times:
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
+    @property
+    def rounds(self) -> int:
+        return len(next(iter(self.seconds.values())))
+
     def median(self, way: str) -> float:
         return statistics.median(self.seconds[way])
 
@@ -131,19 +128,27 @@ class Times:
         pairs = zip(self.seconds[way], self.seconds[other], strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
-    def record(self) -> dict:
-        return {way: {"median": self.median(way), "rounds": values} for way, values in self.seconds.items()}
 
+def measure(
+    ways: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    warmup: int = 2,
+    seconds: float | None = None,
+) -> Times:
+    """Time each way `rounds` times, in turns, after `warmup` calls of each that do not count.
 
-def measure(ways: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, warmup: int = 2) -> Times:
-    """Time each way `rounds` times, in turns, after `warmup` calls of each that do not count."""
+    After so many `seconds` no other round begins, once there are `FEWEST`.
+    """
     repeats = {}
     for name, way in ways.items():
         for _ in range(warmup):
-            seconds = _seconds(way, device, 1)
-        repeats[name] = max(1, min(100, round(SHORTEST / max(seconds, 1e-9))))
-    times = Times({name: [] for name in ways})
-    for _ in range(rounds):
+            once = _seconds(way, device, 1)
+        repeats[name] = max(1, min(100, round(SHORTEST / max(once, 1e-9))))
+    times, began = Times({name: [] for name in ways}), time.monotonic()
+    for done in range(rounds):
+        if seconds is not None and done >= FEWEST and time.monotonic() - began > seconds:
+            break
         for name, way in ways.items():
             times.seconds[name].append(_seconds(way, device, repeats[name]))
     return times
@@ -167,18 +172,29 @@ def _seconds(way: Callable[[], object], device: torch.device, repeats: int) -> f
     return (clock() - began) / repeats
 
 
-class TimeLimit:
-    """So that a benchmark ends when it should: the cases come in the order of their importance, and late ones go."""
+def kernels(work: Callable[[], object], device: torch.device) -> list[dict]:
+    """What one call spends its time in, the most first: kernels on a GPU, operators on a CPU, under a row for all.
 
-    def __init__(self, seconds: float | None):
-        self.ends = None if seconds is None else time.monotonic() + seconds
-        self.left_out: list[str] = []
-
-    def allows(self, case: str) -> bool:
-        if self.ends is None or time.monotonic() < self.ends:
-            return True
-        self.left_out.append(case)
-        return False
+    "over the call" is a kernel's share of the time that the call takes; of all, less than 1 where the GPU waits.
+    """
+    cuda = device.type == "cuda"
+    work()  # what only a first call does
+    seconds = _seconds(work, device, 1)
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+    where = DeviceType.CUDA if cuda else DeviceType.CPU
+    found = [
+        (event.self_device_time_total if cuda else event.self_cpu_time_total, event.count, event.key)
+        for event in profiler.key_averages()
+        if event.device_type == where and not event.is_user_annotation
+    ]
+    busy, count = sum(each[0] for each in found), sum(each[1] for each in found)
+    return [
+        {"over the call": us / 1e6 / seconds, "ms": us / 1e3, "count": calls, "kernel": name[:LONGEST_NAME]}
+        for us, calls, name in [(busy, count, "all"), *sorted(found, reverse=True)[:TOP_KERNELS]]
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ the machine
@@ -281,101 +297,3 @@ def random_inputs(config: DiTConfig, batch: int, device: torch.device) -> tuple[
     """Latents (N, C, H, W), times (N,) in 0..1, labels (N,)."""
     x = torch.randn(batch, config.in_channels, config.input_size, config.input_size, device=device)
     return x, torch.rand(batch, device=device), torch.randint(config.num_classes, (batch,), device=device)
-
-
-# --------------------------------------------------------------------------------------------------------------- report
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A number that the project wants to reach, and what was measured of it."""
-
-    row: str  # of the table of goals in benchmarks/RESULTS.md
-    what: str
-    goal: str  # "<= 1.15", ">= 0.65", or "reported"
-    value: float | None = None
-    absent: str = "needs a GPU"  # why there is no value
-
-    @classmethod
-    def from_record(cls, record: dict) -> "Goal":
-        """Of a benchmark's JSON."""
-        return cls(**{name: record[name] for name in ("row", "what", "goal", "value", "absent")})
-
-    @property
-    def verdict(self) -> str:
-        if self.value is None:
-            return self.absent
-        comparison, _, bound = self.goal.partition(" ")
-        if comparison == "<=":
-            return "met" if self.value <= float(bound) else "not met"
-        if comparison == ">=":
-            return "met" if self.value >= float(bound) else "not met"
-        return self.goal
-
-
-def table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Markdown, columns in the order of the first row; floats to three digits."""
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for row in rows:
-        lines.append("| " + " | ".join(_cell(row.get(name)) for name in names) + " |")
-    return "\n".join(lines)
-
-
-def _cell(value) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return str(value)
-
-
-def goals_table(goals: Sequence[Goal]) -> str:
-    columns = ("row", "measure", "goal", "measured", "verdict")
-    return table([dict(zip(columns, (g.row, g.what, g.goal, g.value, g.verdict), strict=True)) for g in goals])
-
-
-def report(args, device: torch.device, tables: Mapping[str, Sequence[Mapping]], goals: Sequence[Goal], **more) -> None:
-    """Print tables and goals, and write them with all that tells where they come from; `more` goes to the file."""
-    for title, rows in tables.items():
-        if rows:
-            print(f"{title}\n\n{table(rows)}\n")
-    if goals:
-        print(f"goals\n\n{goals_table(goals)}\n")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(
-        args.output,
-        {
-            "command": command(),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": machine(device),
-            "versions": versions(),
-            "settings": settings(args),
-            "tables": {title: list(rows) for title, rows in tables.items()},
-            "goals": [asdict(goal) | {"verdict": goal.verdict} for goal in goals],
-            **more,
-        },
-    )
-    if more.get("left_out"):
-        print(f"left out: {'; '.join(more['left_out'])}")
-    print(f"{machine_line(device)}; written to {args.output}")
-
-
-def machine_line(device: torch.device) -> str:
-    facts = machine(device)
-    where = (
-        facts.get("gpu")
-        or f"{facts['processor']}, {facts['threads']} of {facts['cores']} cores, load {facts['load'][0]}"
-    )
-    return f"{where}; PyTorch {torch.__version__}"
-
-
-def command() -> str:
-    """As it was typed, `python -m benchmarks.moe_block ...`."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    name = f"-m {spec.name.removesuffix('.__main__')}" if spec is not None else sys.argv[0]
-    return shlex.join(["python", *name.split(), *sys.argv[1:]])
-
-
-def settings(args: argparse.Namespace) -> dict:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in cli.values(args).items()}

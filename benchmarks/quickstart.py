@@ -13,31 +13,37 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise, takewhile
 from pathlib import Path
 
 import cli
 from benchmarks import harness
+from benchmarks.report import Bench
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "quickstart.sh"
 
 
 def get_parser() -> cli.Parser:
-    parser = harness.get_parser("quickstart", __doc__)
+    parser = harness.get_parser("quickstart", __doc__, budget=1200)
     parser.add_argument("--steps", type=cli.positive_int, help="of training (default: the script's)")
     return parser
 
 
 def main(args) -> None:
-    device = harness.start(args)
-    steps = args.steps or (20 if args.quick else None)
+    bench = Bench(args)
+    bench.run({"quick start": partial(stage_rows, bench, args.steps or (20 if args.quick else None))})
+
+
+def stage_rows(bench: Bench, steps: int | None) -> Iterator[tuple[str, list[dict]]]:
     with tempfile.TemporaryDirectory() as folder:
-        seconds, result = run(Path(folder), steps, args.threads, device.type)
+        seconds, result = run(Path(folder), steps, bench.args.threads, bench.device.type)
+    print("\n".join(result) + "\n")
+    bench.record["result"] = result
     whole = sum(seconds.values())
     rows = [{"share": value / whole, "stage": stage, "s": value} for stage, value in seconds.items()]
-    rows.append({"share": 1.0, "stage": "all", "s": whole})
-    print("\n".join(result) + "\n")
-    harness.report(args, device, {"quick start": rows}, [], result=result)
+    yield "quick start", [*rows, {"share": 1.0, "stage": "all", "s": whole}]
 
 
 def run(folder: Path, steps: int | None, threads: int, device: str) -> tuple[dict[str, float], list[str]]:

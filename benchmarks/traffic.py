@@ -13,6 +13,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ import cli
 from benchmarks import harness
 from benchmarks.moe_block import EXPERTS
 from benchmarks.naive import DenseMLP
+from benchmarks.report import Bench
 from configuration import build_config
 from models import DiTBlock
 from moe import MoE
@@ -136,6 +138,9 @@ class Case:
     experts: str  # key of `moe_block.EXPERTS`
     tokens: int
 
+    def __str__(self) -> str:
+        return f"{self.what}, {self.model}, {self.experts} experts, {self.tokens} tokens"
+
 
 CASES = (
     Case("layer", "XL", "8", 16384),
@@ -232,7 +237,7 @@ def operations_table(case: Case, flops: float, bandwidth: float) -> list[dict]:
 
 
 def get_parser() -> cli.Parser:
-    parser = harness.get_parser("traffic", __doc__)
+    parser = harness.get_parser("traffic", __doc__, budget=600)
     positive = cli.number_in(1e-3, 1e6)
     parser.add_argument("--flops", type=positive, default=RATES["flops"], help="of bf16 products, TFLOP/s")
     parser.add_argument("--bandwidth", type=positive, default=RATES["bandwidth"], help="of a copy, TB/s, both ways")
@@ -241,14 +246,16 @@ def get_parser() -> cli.Parser:
 
 
 def main(args) -> None:
-    device = harness.start(args)
     flops, bandwidth = args.flops * 1e12, args.bandwidth * 1e12
     cases = CASES[:1] if args.quick else CASES
-    tables = {"counted, and predicted": [row for case in cases for row in case_rows(case, flops, bandwidth)]}
-    if args.operations:
-        for case in {case.what: case for case in reversed(cases)}.values():
-            tables[f"{case}"] = operations_table(case, flops, bandwidth)
-    harness.report(args, device, tables, goals=[])
+    listed = {case.what: case for case in reversed(cases)}.values() if args.operations else ()
+
+    def tables(case: Case) -> Iterator[tuple[str, list[dict]]]:
+        yield "counted, and predicted", case_rows(case, flops, bandwidth)
+        if case in listed:
+            yield f"operations of {case}", operations_table(case, flops, bandwidth)
+
+    Bench(args).run({str(case): partial(tables, case) for case in cases})
 
 
 if __name__ == "__main__":

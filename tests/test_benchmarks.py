@@ -1,12 +1,13 @@
 """The speed benchmarks at tiny sizes: they run, check before they time, and write what they found."""
 
 import json
+import os
+import signal
 import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, traces_fp32
+from conftest import read_json, script, traces_fp32
 from test_moe import gradients, make_moe, per_token
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -14,8 +15,10 @@ import sampling
 from analysis.plan import flops
 from benchmarks import __main__ as everything
 from benchmarks import attention, data, harness, moe_block, optimizer_ema, quickstart, sample_step, traffic, train_step
-from benchmarks.harness import Goal, Rates, Times, WrongResult
+from benchmarks.harness import Rates, Times, WrongResult
 from benchmarks.naive import NaiveMoE, in_another_way, naive_model
+from benchmarks.report import Goal
+from cli import RunStopped
 from configuration import build_config
 
 ROWS = {  # of the table of goals, that each speaks of on a CPU
@@ -31,10 +34,12 @@ ROWS = {  # of the table of goals, that each speaks of on a CPU
 
 def run(benchmark, folder, *flags) -> dict:
     """What a benchmark writes."""
-    output = folder / "new" / "out.json"
-    argv = ["--quick", "--rounds", "2", "--device", "cpu", "--output", str(output), *flags]
-    benchmark.main(benchmark.get_parser().parse_args(argv))
-    return json.loads(output.read_text())
+    benchmark.main(benchmark.get_parser().parse_args(arguments(folder, *flags)))
+    return read_json(folder, "new/out")
+
+
+def arguments(folder, *flags) -> list[str]:
+    return ["--quick", "--rounds", "2", "--device", "cpu", "--output", str(folder / "new" / "out.json"), *flags]
 
 
 @pytest.mark.parametrize("benchmark", ROWS, ids=lambda module: module.__name__)
@@ -44,7 +49,8 @@ def test_runs_and_writes_what_it_found(benchmark, tmp_path, capsys):
     assert record["settings"]["rounds"] == 2 and record["command"] and len(record["date"]) == 10
     assert {goal["row"] for goal in record["goals"]} == ROWS[benchmark]
     printed = capsys.readouterr().out
-    for rows in filter(None, record["tables"].values()):
+    assert not record["missing"] and record["seconds"]
+    for rows in (rows for cases in record["tables"].values() for rows in cases.values()):
         assert "| " + " | ".join(rows[0]) + " |" in printed
         assert "over" in next(iter(rows[0])) or "slower" in next(iter(rows[0]))  # ratios come first
         for row in rows:
@@ -62,10 +68,13 @@ def test_wrong_results_are_not_timed(benchmark, tmp_path, monkeypatch):
 
     monkeypatch.setattr(NaiveMoE, "forward", wrong)
     monkeypatch.setattr(harness, "measured_rates", lambda *_: Rates(1.0, 1.0))
-    monkeypatch.setattr(harness, "measure", lambda *_: pytest.fail("timed"))
-    with pytest.raises(WrongResult, match="naive"):
+    monkeypatch.setattr(harness, "measure", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(moe_block, "growth_rows", lambda bench: ())
+    with pytest.raises(RunStopped, match="failed: .*WrongResult: naive"):
         run(benchmark, tmp_path)
-    assert not list(tmp_path.rglob("*.json"))
+    record = read_json(tmp_path, "new/out")
+    assert all("WrongResult: naive" in why for why in record["missing"].values())
+    assert not {"one MoE layer", "steps", "guided sampling step"} & set(record["tables"])
 
 
 def test_updates_that_differ_are_not_timed(tmp_path, monkeypatch):
@@ -187,10 +196,10 @@ def test_verdicts(goal, value, verdict):
     assert Goal("1", "what", goal, value).verdict == verdict
 
 
-def test_late_cases_are_left_out():
-    limit = harness.TimeLimit(0)
-    assert not limit.allows("a case") and limit.left_out == ["a case"]
-    assert harness.TimeLimit(None).allows("a case")
+def test_rounds_end_when_they_take_long():
+    ways = {"a": lambda: None}
+    assert harness.measure(ways, torch.device("cpu"), rounds=7, seconds=0).rounds == harness.FEWEST
+    assert harness.measure(ways, torch.device("cpu"), rounds=2, seconds=0).rounds == 2
 
 
 def test_limits_are_those_computed_for_an_h200():
@@ -202,6 +211,74 @@ def test_limits_are_those_computed_for_an_h200():
         assert 0.01 / harness.forward_limit(config, torch.bfloat16, rates) == pytest.approx(sampled, rel=0.01)
 
 
+# ---------------------------------------------------------------------------------------------------- what is missing
+
+
+def test_killed_and_resumed(tmp_path, monkeypatch):
+    """The file has what was measured and says what is missing; the rest alone is measured then."""
+    times = []
+
+    def killed_in_the_third(ways, device, rounds, **_):
+        times.append(list(ways))
+        if len(times) == 3:  # the first case has two measurements; then comes growth
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Times({way: [1.0 + place] for place, way in enumerate(ways)})
+
+    monkeypatch.setattr(harness, "measured_rates", lambda *_: Rates(1.0, 1.0))
+    monkeypatch.setattr(harness, "measure", killed_in_the_third)
+    script("benchmarks/moe_block.py", *arguments(tmp_path), check=-signal.SIGKILL)
+    left = read_json(tmp_path, "new/out")
+    first, *others = map(str, moe_block.QUICK_CASES)
+    assert list(left["tables"]["one MoE layer"]) == list(left["seconds"]) == [first]
+    assert left["missing"] == {"growth": "begun, not finished"} | dict.fromkeys(others, "not begun")
+
+    times[:] = ["one", "two", "three"]
+    record = run(moe_block, tmp_path, "--resume", "--budget", "1000")
+    assert len(times) == 3 + 1 + 2 * len(others) and not record["missing"]
+    assert record["tables"]["one MoE layer"][first] == left["tables"]["one MoE layer"][first]
+    assert list(record["tables"]["one MoE layer"]) == [first, *others]
+    assert next(goal["value"] for goal in record["goals"] if goal["row"] == "7") == 2
+
+    record = run(moe_block, tmp_path, "--resume", "--rounds", "3", "--budget", "0")  # other settings: anew
+    assert not record["seconds"] and set(record["missing"].values()) == {"not begun in 0 s"}
+    assert len(read_json(tmp_path, "new/out.previous")["seconds"]) == 2 + len(others)
+
+
+def test_a_case_that_fails_takes_no_other_with_it(tmp_path, monkeypatch, capsys):
+    def rows(bench, case):
+        yield "one MoE layer", [{"over dense": 1.0, "tokens": case.tokens}]
+        if case == moe_block.QUICK_CASES[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+
+    monkeypatch.setattr(harness, "measured_rates", lambda *_: Rates(1.0, 1.0))
+    monkeypatch.setattr(moe_block, "case_rows", rows)
+    monkeypatch.setattr(moe_block, "growth_rows", lambda bench: ())
+    record = run(moe_block, tmp_path)  # what does not fit is an answer: no failure
+    first, *others = map(str, moe_block.QUICK_CASES)
+    assert record["missing"] == {first: "out of memory: CUDA out of memory. Tried to allocate 2 GiB"}
+    assert list(record["seconds"]) == ["growth", *others]
+    assert f"missing: {first}: out of memory" in capsys.readouterr().out
+
+    def fails(bench):
+        raise RuntimeError("no such kernel\nat all")
+
+    monkeypatch.setattr(moe_block, "growth_rows", fails)
+    with pytest.raises(RunStopped, match=r"failed: growth \(RuntimeError: no such kernel\)$"):
+        run(moe_block, tmp_path)
+    assert list(read_json(tmp_path, "new/out")["seconds"]) == others
+
+
+def test_profile_lists_what_takes_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "measured_rates", lambda *_: Rates(1.0, 1.0))
+    record = run(sample_step, tmp_path, "--profile")
+    (rows,) = record["tables"]["kernels of one call"].values()
+    everything, *kernels = rows
+    assert everything["kernel"] == "all" and everything["count"] > len(kernels) and everything["way"] == "ours"
+    assert {"aten::mm", "aten::addmm"} & {row["kernel"] for row in kernels} and everything["over the call"] > 0
+    assert [row["ms"] for row in kernels] == sorted((row["ms"] for row in kernels), reverse=True)
+    assert sum(row["ms"] for row in kernels) <= everything["ms"] * 1.001
+
+
 # ------------------------------------------------------------------------------------------------------ the whole suite
 
 
@@ -210,36 +287,56 @@ def test_quickstart_times_the_stages(tmp_path, monkeypatch):
     script.write_text('echo "== Data: some"; sleep 0.1; echo "== Result"; echo "$STEPS good"; echo "picture: no"')
     monkeypatch.setattr(quickstart, "SCRIPT", script)
     record = run(quickstart, tmp_path, "--steps", "7")
-    assert [row["stage"] for row in record["tables"]["quick start"]] == ["Data", "Result", "all"]
-    assert record["tables"]["quick start"][0]["s"] > 0.09
+    (rows,) = record["tables"]["quick start"].values()
+    assert [row["stage"] for row in rows] == ["Data", "Result", "all"] and rows[0]["s"] > 0.09
     assert record["result"] == ["7 good"]
 
 
 def test_suite_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
-    def fake(command, **_):
-        name, output = command[2].rpartition(".")[2], command[command.index("--output") + 1]
-        goal = {"row": "8", "what": name, "goal": "<= 1.3", "value": 1.0, "absent": ""}
-        with open(output, "w") as file:
-            json.dump({"goals": [goal]}, file)
-        return subprocess.CompletedProcess(command, int(name == "train_step"))
+    shares = {}
 
-    monkeypatch.setattr(subprocess, "run", fake)
-    args = everything.get_parser().parse_args(["--quick", "--output", str(tmp_path)])
-    with pytest.raises(everything.cli.RunStopped, match="failed: train_step$"):
+    def fake(command, seconds):
+        path = everything.Path(command[command.index("--output") + 1])
+        shares[path.stem] = float(command[command.index("--budget") + 1])
+        goal = {"row": "8", "what": path.stem, "goal": "<= 1.3", "value": 1.0, "absent": "missing"}
+        goals = [goal, goal | {"row": "9", "what": "memory", "value": 2.0 if path.stem == "memory" else None}]
+        if path.stem != "data":
+            path.write_text(json.dumps({"goals": goals, "missing": {"late": "not begun in 5 s"}}))
+        return {"train_step": 1, "attention": None}.get(path.stem, 0)
+
+    (tmp_path / "data.json").write_text('{"goals": "of an earlier run"}')
+    os.utime(tmp_path / "data.json", (0, 0))
+    monkeypatch.setattr(everything, "run", fake)
+    args = everything.get_parser().parse_args(["--device", "cpu", "--budget", "930", "--output", str(tmp_path)])
+    with pytest.raises(RunStopped, match="failed: train_step$"):
         everything.main(args)
     printed = capsys.readouterr().out
-    assert "| 8 | sample_step | <= 1.3 | 1 | met |" in printed and "| 8 | train_step |" not in printed
+    assert "| 8 | sample_step | <= 1.3 | 1 | met |" in printed and "| 9 | memory | <= 1.3 | 2 | not met |" in printed
+    assert "missing: moe_block: late: not begun in 5 s" in printed and "train_step: failed: exit code 1" in printed
+    summary = read_json(tmp_path, "summary")
+    assert summary["parts"]["attention"]["ended"] == "stopped: it took too long"
+    assert [goal["value"] for goal in summary["goals"] if goal["row"] == "9"] == [2.0]
+    assert shares["moe_block"] == pytest.approx(100, abs=1)
+    assert shares["quickstart"] == pytest.approx(930, abs=1)  # nobody before it has used its time
+
+
+def test_a_part_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
+    started = tmp_path / "started"
+    monkeypatch.setattr(everything, "GRACE", 0.2)
+    assert everything.run(["bash", "-c", f"trap '' INT; sleep 60 & echo $! > {started}; wait"], 0.5) is None
+    left = subprocess.run(["ps", "-o", "stat=", "-p", started.read_text().strip()], capture_output=True, text=True)
+    assert left.stdout.strip()[:1] in ("", "Z")  # gone, or dead and not yet buried
+    assert everything.run(["bash", "-c", "exit 3"], 5) == 3
 
 
 @pytest.mark.slow
-def test_suite_by_one_command(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--device", "cpu", "--output", str(tmp_path)]
-    result = subprocess.run([*command, "--only", "moe_block", "data"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "data.json").read_text())["command"].startswith(
-        "python -m benchmarks.data --device cpu"
-    )
-    assert "s in all" in result.stdout
+def test_suite_by_one_command(tmp_path, capfd):
+    flags = ["--quick", "--device", "cpu", "--budget", "100", "--output", str(tmp_path), "--only", "attention"]
+    everything.main(everything.get_parser().parse_args(flags))
+    record = read_json(tmp_path, "attention")
+    assert record["command"].startswith("python -m benchmarks.attention --device cpu --threads 1 --budget 100")
+    assert read_json(tmp_path, "summary")["parts"] == {"attention": {"ended": "done", "missing": {}}}
+    assert "s in all" in capfd.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------------- CUDA graphs
