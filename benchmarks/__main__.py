@@ -98,7 +98,7 @@ def share_of(part: Part, parts: list[Part], device: str) -> float:
 def command_of(part: Part, args, device: str, seconds: float) -> list[str]:
     if part.name == "tests":
         files = sorted(str(path) for path in TESTS.glob("test_*.py") if "mark.gpu" in path.read_text())
-        return [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", "gpu", *files]
+        return [sys.executable, "-m", "pytest", "-vv", "--tb=short", "-m", "gpu", *files]
     flags = ["--device", device, "--threads", str(args.threads), "--budget", f"{seconds:.0f}"]
     flags += [f"--quick={args.quick}", f"--resume={args.resume}", "--output", str(args.output / f"{part.name}.json")]
     flags += [f"--profile={args.profile}"] if part.name in PROFILED else []

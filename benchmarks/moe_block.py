@@ -29,7 +29,8 @@ EXPERTS = {  # name: experts, experts per token, width of one over D; each with 
     "64 narrow": (64, 16, 0.5),
 }
 COMPILED = ("grouped_mm", "dense")  # the others ask the host, where a graph breaks
-PROFILED = ("grouped_mm, compiled", "grouped_mm", "dense, compiled")
+PROFILED = ("grouped_mm, compiled", "grouped_mm", "dense, compiled")  # forward + backward
+DENSE = ("dense", "dense, compiled")
 LAYER, GROWTH = "one MoE layer", "our layer, forward + backward, as it grows"
 
 
@@ -91,42 +92,47 @@ def main(args) -> None:
 
 
 def case_rows(bench: Bench, case: Case) -> Iterator[tuple[str, list[dict]]]:
-    """Check all ways of a case, then time them; a row for each way and pass."""
+    """Check all ways of a case, then time them: first eager ones, which a compiler that fails does not take along."""
     moe, x = make_layer(case, bench.device, bench.dtype)
-    layers = {way: in_another_way(moe, way) for way in WAYS}
-    grad = torch.randn_like(x)
+    layers, grad = {way: in_another_way(moe, way) for way in WAYS}, torch.randn_like(x)
+    check_layers(moe, layers, x, grad, bench.dtype)
+    yield from way_rows(bench, case, moe, layers, x, grad)
     if bench.compiles(case.compiled):
+        layers = {way: layers[way] for way in ("naive", *COMPILED)}
         for way in COMPILED:
             layers[f"{way}, compiled"] = torch.compile(layers[way], fullgraph=True, dynamic=False)
-    check_layers(moe, layers, x, grad, bench.dtype)
-    load = load_statistics(moe(x)[1].tokens_per_expert[None])["load_max_over_mean"][0]
+        check_layers(moe, layers, x, grad, bench.dtype)
+        yield from way_rows(bench, case, moe, layers, x, grad, kind=", compiled")
 
+
+def way_rows(bench: Bench, case: Case, moe: MoE, layers: dict, x: Tensor, grad: Tensor, kind: str = ""):
+    """A row for each pass and for each way whose name ends so."""
+    load = load_statistics(moe(x)[1].tokens_per_expert[None])["load_max_over_mean"][0]
+    labels = {"model": case.model, "experts": case.experts, "tokens": case.tokens, "routing": case.routing}
     for name, call in (("forward + backward", forward_backward), ("forward", forward)):
         ways = {way: partial(call, layer, x, grad) for way, layer in layers.items()}
         times = bench.measure(ways)
         least = products(case, x.shape[1]) * (1 if name == "forward" else 3) / bench.rates.flops
-        dense = {f"{way}, ms": times.median(way) * 1e3 for way in layers if way.startswith("dense")}
-        labels = {"pass": name, "model": case.model, "experts": case.experts, "tokens": case.tokens}
-        labels["routing"] = case.routing
-        rows = []
-        for way in layers:
-            floor = "dense, compiled" if way.endswith("compiled") else "dense"
-            rows.append(
-                {
-                    "over dense": times.ratio(way, floor),
-                    "over naive": times.ratio(way, "naive"),
-                    "share of matrix rate": least / times.median(way),
-                    "way": way,
-                    **labels,
-                    "load max": load,
-                    "ms": times.median(way) * 1e3,
-                    **dense,
-                    "rounds": times.rounds,
-                }
-            )
+        dense = {f"{way}, ms": times.median(way) * 1e3 if way in layers else None for way in DENSE}
+        rows = [
+            {
+                "over dense": times.ratio(way, f"dense{kind}"),
+                "over naive": times.ratio(way, "naive"),
+                "share of matrix rate": least / times.median(way),
+                "way": way,
+                "pass": name,
+                **labels,
+                "load max": load,
+                "ms": times.median(way) * 1e3,
+                **dense,
+                "rounds": times.rounds,
+            }
+            for way in layers
+            if way.endswith(kind)
+        ]
         yield LAYER, rows
-        if name == "forward + backward":
-            yield from bench.kernels({way: ways[way] for way in PROFILED if way in ways}, **labels)
+    profiled = {way: partial(forward_backward, layers[way], x, grad) for way in PROFILED if way in layers}
+    yield from bench.kernels({way: work for way, work in profiled.items() if way.endswith(kind)}, **labels)
 
 
 def make_layer(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[MoE, Tensor]:
