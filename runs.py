@@ -178,7 +178,7 @@ def add_training_arguments(parser: Parser) -> None:
         "--residual-dtype",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="of what passes from block to block; bf16, with --precision bf16, halves it and rounds each block's result",
+        help="of what passes between blocks; bf16, with --precision bf16, halves it and rounds each block's result",
     )
     group.add_argument(
         "--activation-checkpointing",
