@@ -64,6 +64,16 @@ def coefficients(snapshots: list[tuple[float, float]], step: float, length: floa
     return np.linalg.lstsq(gram, wanted, rcond=1e-12)[0]
 
 
+def combined(averages: list[tuple[float, float, dict[str, Tensor]]], length: float) -> dict[str, Tensor]:
+    """The average of a length at the last step, of snapshots (step, gamma, tensors)."""
+    steps, gammas, tensors = zip(*averages, strict=True)
+    factors = coefficients(list(zip(steps, gammas, strict=True)), max(steps), length)
+    return {
+        name: sum(float(factor) * each[name] for factor, each in zip(factors, tensors, strict=True))
+        for name in tensors[0]
+    }
+
+
 def reconstruct(run: Path, length: float, step: int | None = None) -> tuple[dict[str, Tensor], Path]:
     """The average of a length from the checkpoints of a run, and the newest of these that it is made of.
 
@@ -87,8 +97,6 @@ def reconstruct(run: Path, length: float, step: int | None = None) -> tuple[dict
     tensors = [checkpoint.read_tensors(path.parent, path.stem) for path in files]
     gammas = [exponent(float(path.stem.removeprefix(PREFIX))) for path in files]
     counts = [each["count"].item() for each in tensors]
-    factors = coefficients(list(zip(counts, gammas, strict=True)), max(counts), length)
-    names = [name for name in tensors[0] if name != "count"]
-    return {
-        name: sum(float(factor) * each[name] for factor, each in zip(factors, tensors, strict=True)) for name in names
-    }, folders[0]
+    average = combined(list(zip(counts, gammas, tensors, strict=True)), length)
+    del average["count"]
+    return average, folders[0]

@@ -5,6 +5,7 @@ what an experiment changes.
 """
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from diffusion import RectifiedFlow
 from models import DiT
-from optim import EMA, build_optimizer, lr_factor, set_lr
+from muon import build_muon
+from optim import ADAMW, EMA, build_optimizer, lr_factor, set_lr
 from scripts.digits import Digits
 from training import Balance, tell_routers, total_loss
 
 MODEL = dict(input_size=8, in_channels=3, num_classes=10)
 FLOW = RectifiedFlow(shift=2.0)
 BATCH, LR, WARMUP, EMA_DECAY, ALPHA = 64, 4e-3, 20, 0.99, 0.005
+OPTIMIZERS = {"adamw": build_optimizer, "muon": build_muon}
 
 
 class Scenes:
@@ -51,6 +54,62 @@ class Point(NamedTuple):
     seconds: float  # CPU time that training took so far: that of an idle core, whatever else runs
     losses: Tensor  # (N,) of each held-out image
     load: Tensor  # (L, E) int32, what each expert got of the tokens of those images
+    averages: Sequence[dict[str, Tensor]] = ()  # copies of the further ones
+
+
+class Learner:
+    """A network, what trains it, and one step of that."""
+
+    def __init__(
+        self,
+        model: DiT,
+        digits: Digits | Scenes,
+        seed: int,
+        *,
+        objective=FLOW,
+        optimizer: str = "adamw",
+        lr: float = LR,
+        alpha: float = ALPHA,
+        loss_scale: float | None = None,
+        accumulation: int = 1,
+        balance: tuple[str, ...] = ("aux",),
+    ):
+        """
+        Args:
+            optimizer: of `OPTIMIZERS`.
+            alpha: factor of the balance loss.
+            loss_scale: what the loss is multiplied by before the backward, as fp16 training does it; None: nothing.
+            accumulation: micro-batches that a batch is cut into.
+            balance: what evens out the load, of `runs.BALANCE`.
+        """
+        self.model, self.digits, self.seed, self.objective = model, digits, seed, objective
+        self.lr, self.accumulation, self.balance = lr, accumulation, Balance(balance, aux=alpha)
+        self.optimizer = OPTIMIZERS[optimizer](model, lr, 0.0, ADAMW["eps"], False)
+        self.ema = EMA(model, EMA_DECAY)
+        scale = dict(init_scale=loss_scale or 1.0, growth_interval=10**9, enabled=loss_scale is not None)
+        self.scaler = torch.amp.GradScaler("cpu", **scale)
+
+    def step(self, step: int, factor: float = 1.0) -> None:
+        """Learn from the batch of a step, at `factor` times the learning rate."""
+        model, draw = self.model, torch.Generator().manual_seed(1_000_000 * self.seed + step)
+        images, labels = draw_from(self.digits, draw, BATCH)
+        noise = torch.randn(BATCH, *images.shape[1:], generator=draw)
+        u, drop = torch.rand(2, BATCH, generator=draw)
+        y = torch.where(drop < model.config.class_dropout_prob, model.config.null_class, labels)
+
+        counts, observed = 0, []
+        for parts in zip(*(whole.chunk(self.accumulation) for whole in (images, noise, u, y)), strict=True):
+            batch = self.objective.noised(*parts[:3])
+            output, routings = model(batch.x_t, batch.t, parts[3], return_routing=True)
+            loss, _, seen = total_loss(self.objective.loss(output, batch), routings, self.balance, None)
+            self.scaler.scale(loss / self.accumulation).backward()
+            counts, observed = counts + seen, [routing.observed for routing in routings]
+        set_lr(self.optimizer.param_groups, self.lr * factor)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(model)
+        tell_routers(model, counts, observed)
 
 
 def train(
@@ -62,51 +121,30 @@ def train(
     last: int,
     eval_every: int,
     *,
-    objective=FLOW,
-    lr: float = LR,
-    alpha: float = ALPHA,
-    loss_scale: float | None = None,
-    accumulation: int = 1,
     draws: int = 2,
-    balance: tuple[str, ...] = ("aux",),
+    averages: Sequence[EMA] = (),
+    **options,
 ) -> list[Point]:
     """Train in place from step `first` to `last`; leaves the averaged weights in the model. Returns the curve.
 
     Args:
-        alpha: factor of the balance loss.
-        loss_scale: what the loss is multiplied by before the backward, as fp16 training does it; None: nothing.
-        accumulation: micro-batches that a batch is cut into.
         draws: see `evaluate`.
-        balance: what evens out the load, of `runs.BALANCE`.
+        averages: further ones of the model, to keep along.
+        options: of `Learner`.
     """
-    optimizer, ema = build_optimizer(model, lr, weight_decay=0.0), EMA(model, EMA_DECAY)
-    scaler = torch.amp.GradScaler("cpu", loss_scale or 1.0, growth_interval=last + 1, enabled=loss_scale is not None)
+    learner = Learner(model, digits, seed, **options)
+    ema, objective = learner.ema, learner.objective
     seconds, curve = 0.0, [Point(first, 0.0, *evaluate(model, objective, held_out, draws))]
     for step in range(first, last):
         began = time.process_time()
-        draw = torch.Generator().manual_seed(1_000_000 * seed + step)
-        images, labels = draw_from(digits, draw, BATCH)
-        noise = torch.randn(BATCH, *images.shape[1:], generator=draw)
-        u, drop = torch.rand(2, BATCH, generator=draw)
-        y = torch.where(drop < model.config.class_dropout_prob, model.config.null_class, labels)
-
-        counts, observed = 0, []
-        for parts in zip(*(whole.chunk(accumulation) for whole in (images, noise, u, y)), strict=True):
-            batch = objective.noised(*parts[:3])
-            output, routings = model(batch.x_t, batch.t, parts[3], return_routing=True)
-            loss, _, seen = total_loss(objective.loss(output, batch), routings, Balance(balance, aux=alpha), None)
-            scaler.scale(loss / accumulation).backward()
-            counts, observed = counts + seen, [routing.observed for routing in routings]
-        set_lr(optimizer.param_groups, lr * lr_factor(step - first, "constant", WARMUP, last - first))
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(model)
-        tell_routers(model, counts, observed)
+        learner.step(step, lr_factor(step - first, "constant", WARMUP, last - first))
         seconds += time.process_time() - began
+        for each in averages:
+            each.update(model)
         if (step + 1 - first) % eval_every == 0 or step + 1 == last:
+            copies = [{name: tensor.clone() for name, tensor in each.average.items()} for each in averages]
             with ema.swapped_into(model):
-                curve.append(Point(step + 1, seconds, *evaluate(model, objective, held_out, draws)))
+                curve.append(Point(step + 1, seconds, *evaluate(model, objective, held_out, draws), copies))
     model.load_state_dict(ema.average, strict=False)  # all but the fixed position embedding
     return curve
 

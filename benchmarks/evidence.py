@@ -1,15 +1,21 @@
-"""Mechanism checks on the digits: experts, balance, objectives, samplers, places of experts, parts of blocks, routers.
+"""Mechanism checks on the digits: experts, balance, samplers, parts of blocks, routers, optimizers, averages, guidance.
 
-    python -m benchmarks.evidence                        # every experiment, 3 seeds: two hours of one CPU core
+    python -m benchmarks.evidence                        # every experiment, 3 seeds: three hours of one CPU core
     python -m benchmarks.evidence experts balance        # some; `--help` lists them
+    python -m benchmarks.evidence routers --jobs 16      # several runs at a time, each in a process of one thread
 
 A run (a row of `SETUPS`, with a seed) is kept in results/evidence/, so a killed command, given again, goes on where it
-was, and tables and pictures are made again without training. Writes benchmarks/evidence_<experiment>.png.
+was, and tables and pictures are made again without training. Writes benchmarks/evidence_<experiment>.png. What a step
+takes is measured for the table, networks taking turns: it does not matter what the machine did while they were trained.
 """
 
 import functools
+import itertools
 import json
-from dataclasses import dataclass, field
+import multiprocessing
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +27,15 @@ from torch import Tensor
 import cli
 from analysis.plan import flops, parameter_counts, tokens_per_image
 from autoencoders import load_space
-from benchmarks.digits_runs import ALPHA, BATCH, FLOW, MODEL, Scenes, train
+from benchmarks import harness
+from benchmarks.digits_runs import ALPHA, BATCH, EMA_DECAY, FLOW, LR, MODEL, Learner, Point, Scenes, evaluate, train
 from configuration import DiTConfig, build_config
 from diffusion import GaussianDiffusion, RectifiedFlow
 from files import replacing
 from metrics import Judge, Moments, frechet_distance, pixel_features
 from models import DiT
+from optim import EMA
+from post_hoc_ema import USUAL, PowerEMA, combined
 from sampling import Settings, generate
 from scripts.digits import Digits, split_digits
 
@@ -44,6 +53,8 @@ EVALUATIONS = (5, 10, 25, 50, 250)  # of the network; Heun's steps cost two, its
 SWEEP_IMAGES = 200
 JUDGED = {"euler 25": 600}  # the samples by which networks are compared: "sampler steps" -> images
 
+STEP_ROUNDS = 21  # that the time of a training step is a median over
+
 
 def steps_for(sampler: str, evaluations: int) -> int:
     return (evaluations + 1) // 2 if sampler == "heun" else evaluations
@@ -52,6 +63,13 @@ def steps_for(sampler: str, evaluations: int) -> int:
 def sweep(objective) -> dict[str, int]:
     """What `Setup.samples` is where every sampler of an objective is compared."""
     return {f"{name} {steps_for(name, n)}": SWEEP_IMAGES for name in objective.samplers[:3] for n in EVALUATIONS}
+
+
+class Guide(NamedTuple):
+    """A weaker network to guide away from: one of its own, trained on the same batches."""
+
+    part: float  # of the steps of the network that it guides
+    model: dict  # over that network's
 
 
 @dataclass(frozen=True)
@@ -67,6 +85,18 @@ class Setup:
     balance: tuple[str, ...] = ("aux",)
     scenes: bool = False  # endless scenes of four digits in place of 898 digits
     samples: dict[str, int] = field(default_factory=lambda: JUDGED)  # "sampler steps" -> images
+    optimizer: str = "adamw"
+    lr: float = LR
+    seeds: int | None = None  # no more than these, of a trial
+    lengths: tuple[float, ...] = ()  # of averages that are made of the run afterwards
+    guides: dict[str, Guide | None] = field(default_factory=dict)  # that it is drawn with afterwards; None: no label
+    scales: tuple[float, ...] = ()  # of their guidance
+
+    @property
+    def learning(self) -> dict:
+        """Options of `Learner`."""
+        names = ("objective", "optimizer", "lr", "alpha", "loss_scale", "accumulation", "balance")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def config(self) -> DiTConfig:
@@ -81,6 +111,18 @@ def routed(router: str, *balance: str, **more) -> Setup:
     """On endless scenes, twice as long; what a token costs is what it costs in the dense network."""
     return Setup(dict(router=router) | more, part=2.0, balance=balance or ("none",), scenes=True)
 
+
+SOFTMAX = routed("softmax", "aux")
+RATES = (2e-3, 4e-3, 8e-3)
+TRIALS = {  # of learning rates
+    f"{name}, {lr:g}": replace(SOFTMAX, optimizer=name.lower(), lr=lr, part=0.5, samples={}, seeds=1)
+    for name in ("AdamW", "Muon")
+    for lr in RATES
+}
+LENGTHS = (0.02, 0.05, 0.1, 0.2)
+GUIDES = {"no label": None, "itself, earlier": Guide(0.5, {}), "smaller, earlier": Guide(0.25, dict(depth=2))}
+SCALES = (1.25, 1.5, 2.0)
+LAST, NO_GUIDANCE = "no average", "no guidance"
 
 ROUTING = dict(part=0.5, samples={})  # the load of experts settles early
 SETUPS = {
@@ -106,12 +148,15 @@ SETUPS = {
     "dense, scenes": routed("softmax", num_experts=0),
     "1 expert, scenes": routed("softmax", "none", num_experts=1, num_experts_per_tok=1, expert_ratio=2.0),
     "softmax, 4": routed("softmax", "aux", num_experts=4),
-    "softmax": routed("softmax", "aux"),
+    "softmax": SOFTMAX,
     "softmax, 16": routed("softmax", "aux", num_experts=16),
     "sigmoid, bias": routed("sigmoid", "bias", norm_topk_prob=True, router_bias=True),
     "expert choice": routed("expert-choice"),
     "batch pool": routed("batch-pool"),
     "prototypes": routed("prototypes"),
+    "softmax, Muon": replace(SOFTMAX, optimizer="muon"),
+    **TRIALS,
+    "softmax, afterwards": replace(SOFTMAX, part=3.0, lengths=LENGTHS, guides=GUIDES, scales=SCALES),
     "RoPE": Setup(dict(num_experts=0, positions="rope2d")),
     "SwiGLU": Setup(dict(num_experts=0, mlp="swiglu", mlp_multiple=8)),
     "RoPE, SwiGLU": Setup(dict(num_experts=0, positions="rope2d", mlp="swiglu", mlp_multiple=8)),
@@ -126,6 +171,9 @@ EXPERIMENTS = {
         *("sigmoid, bias", "expert choice", "batch pool", "prototypes"),
     ),
     "parts": ("dense", "RoPE", "SwiGLU", "RoPE, SwiGLU"),  # dense: a table of sine and cosine, GELU
+    "optimizers": ("softmax", "softmax, Muon", *TRIALS),
+    "averages": ("softmax, afterwards",),
+    "guides": ("softmax, afterwards",),
 }
 
 
@@ -135,6 +183,7 @@ def get_parser() -> cli.Parser:
     parser.add_argument("--seeds", type=cli.positive_int, default=3, help="runs of everything")
     parser.add_argument("--steps", type=cli.positive_int, default=800, help="of each run")
     parser.add_argument("--eval-every", type=cli.positive_int, default=50, help="steps between points of a curve")
+    parser.add_argument("--jobs", type=cli.positive_int, default=1, help="runs at a time, on a core each")
     parser.add_argument("--runs", type=Path, default=Path("results/evidence"), help="folder of finished runs")
     parser.add_argument("--pictures", type=Path, default=Path("benchmarks"), help="folder of evidence_*.png")
     return parser
@@ -149,12 +198,11 @@ def main(args) -> None:
     if args.steps % (2 * args.eval_every):
         raise cli.UsageError(f"--steps {args.steps} must be a multiple of twice --eval-every {args.eval_every}")
     names = list(dict.fromkeys(name for experiment in chosen for name in EXPERIMENTS[experiment]))
-    runs = {name: [] for name in names}
-    for seed in range(args.seeds):
-        for name in names:
-            runs[name].append(cached_run(name, seed, args))
+    runs = all_runs(names, args)
+    scorers = {}
     for experiment in chosen:
-        scorer = SceneScorer() if SETUPS[EXPERIMENTS[experiment][0]].scenes else Scorer()
+        kind = SceneScorer if SETUPS[EXPERIMENTS[experiment][0]].scenes else Scorer
+        scorer = scorers[kind] = scorers.get(kind) or kind()
         table, figure = REPORTS[experiment]({name: runs[name] for name in EXPERIMENTS[experiment]}, scorer)
         with replacing(args.pictures / f"evidence_{experiment}.png") as file:
             figure.savefig(file, format="png", dpi=150)
@@ -168,15 +216,30 @@ Run = dict[str, np.ndarray]
 Runs = dict[str, list[Run]]  # setup -> per seed
 
 
+def all_runs(names: Sequence[str], args) -> Runs:
+    """Of these setups, `--jobs` at a time; a killed command loses those that were under way."""
+    wanted = [(seed, name) for seed in range(args.seeds) for name in names if seed < (SETUPS[name].seeds or seed + 1)]
+    seeds, setups = zip(*wanted, strict=True)
+    work = functools.partial(cached_run, args=args)
+    if args.jobs == 1:
+        found = list(map(work, setups, seeds))
+    else:  # forked: nothing has computed yet, and they need not import all this again
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
+            found = list(pool.map(work, setups, seeds))
+    return {name: [run for run, setup in zip(found, setups, strict=True) if setup == name] for name in names}
+
+
 def cached_run(name: str, seed: int, args) -> Run:
     """The run of `--runs`, trained now if it is not there, or was made with other settings.
 
-    Arrays of the curve's P points: steps (P,), seconds (P,), losses (P, N), load (P, L, E); and images (n, 8, 8, 3)
-    uint8 for each "sampler steps".
+    Arrays of the curve's P points: steps (P,), seconds (P,), losses (P, N), load (P, L, E); and images (n, H, W, 3)
+    uint8 for each "sampler steps". Of what was done afterwards: "losses <average>" (N,), "images <average>",
+    "images <guide> <scale>".
     """
     setup = SETUPS[name]
-    usual = {"balance": ("aux",), "scenes": False}  # settings of before do not name them
-    settings = {name: value for name, value in vars(setup).items() if usual.get(name, ()) != value}
+    usual = {"balance": ("aux",), "scenes": False, "optimizer": "adamw", "lr": LR, "seeds": None}
+    usual |= {"lengths": (), "guides": {}, "scales": ()}  # settings of before do not name these
+    settings = {name: value for name, value in vars(setup).items() if name not in usual or usual[name] != value}
     settings |= {"model": setup.config.to_dict(), "objective": setup.objective.config()}
     steps = round(setup.part * args.steps)
     settings = json.dumps(settings | {"steps": steps, "eval_every": args.eval_every})
@@ -189,19 +252,18 @@ def cached_run(name: str, seed: int, args) -> Run:
     args.runs.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         np.savez_compressed(file, settings=settings, **arrays)
-    print(f"seed {seed}  {name:<18} loss {arrays['losses'][-1].mean():.4f}  {arrays['seconds'][-1]:.0f} s of training")
+    loss, seconds = arrays["losses"][-1].mean(), arrays["seconds"][-1]
+    print(f"seed {seed}  {name:<19} loss {loss:.4f}  {seconds:.0f} s of training", flush=True)
     return arrays
 
 
-def run(setup: Setup, seed: int, steps: int, eval_every: int) -> Run:
-    training, held_out = split_digits()
-    if setup.scenes:
-        training, held_out = Scenes(training), Scenes(held_out)
-    torch.manual_seed(seed)
-    model = DiT(setup.config)
-    options = dict(objective=setup.objective, alpha=setup.alpha, draws=1)
-    options |= dict(loss_scale=setup.loss_scale, accumulation=setup.accumulation, balance=setup.balance)
-    points = train(model, training, held_out, seed, 0, steps, eval_every, **options)
+def run(setup: Setup, seed: int, last: int, eval_every: int) -> Run:
+    training, held_out = data_of(setup)
+    model = new_network(setup, seed)
+    powers = [PowerEMA(model, length) for length in USUAL if setup.lengths]
+    averages = [*powers, EMA(model, 0.0)] if powers else []  # the last one: no average at all
+    options = dict(draws=1, averages=averages, **setup.learning)
+    points = train(model, training, held_out, seed, 0, last, eval_every, **options)
     model.eval()
     arrays = {
         "steps": np.array([point.step for point in points]),
@@ -209,16 +271,59 @@ def run(setup: Setup, seed: int, steps: int, eval_every: int) -> Run:
         "losses": np.stack([point.losses.numpy() for point in points]),
         "load": np.stack([point.load.numpy() for point in points]),
     }
-    for name, count in setup.samples.items():
-        sampler, steps = name.split()
-        arrays[name] = sample(model, setup.objective, Settings(steps, sampler, seed=seed), count)
+    for sampler, count in setup.samples.items():
+        arrays[sampler] = sample(model, setup.objective, sampler, count, seed)
+    (judged,) = JUDGED.items()
+    for name, guide in setup.guides.items():
+        weaker = None if guide is None else weaker_network(setup, guide, seed, last)
+        for scale in setup.scales:
+            arrays[f"images {name} {scale:g}"] = sample(model, setup.objective, *judged, seed, scale, weaker)
+    for name, weights in averages_of(points, powers, setup.lengths).items():
+        model.load_state_dict(weights, strict=False)
+        arrays[f"losses {name}"] = evaluate(model, setup.objective, held_out, draws=1)[0].numpy()
+        model.eval()
+        arrays[f"images {name}"] = sample(model, setup.objective, *judged, seed)
     return arrays
 
 
-def sample(model: DiT, objective, settings: Settings, count: int) -> np.ndarray:
-    """(count, H, W, 3) uint8, of the labels 0, 1, 2, ..., 0, ...; without guidance."""
+def data_of(setup: Setup) -> tuple[Digits, Digits] | tuple[Scenes, Scenes]:
+    """(to learn from, held out)"""
+    training, held_out = split_digits()
+    return (Scenes(training), Scenes(held_out)) if setup.scenes else (training, held_out)
+
+
+def new_network(setup: Setup, seed: int) -> DiT:
+    torch.manual_seed(seed)
+    return DiT(setup.config)
+
+
+def averages_of(points: list[Point], powers: list[PowerEMA], lengths: Sequence[float]) -> dict[str, dict[str, Tensor]]:
+    """Weights of the end of a run: as they are, and averages of several lengths, made of those that were kept along."""
+    if not lengths:
+        return {}
+    snapshots = [
+        (point.step, power.gamma, tensors)
+        for point in points
+        for power, tensors in zip(powers, point.averages, strict=False)
+    ]
+    averages = {f"length {length:g}": combined(snapshots, length) for length in lengths}
+    return {LAST: points[-1].averages[-1]} | averages
+
+
+def weaker_network(setup: Setup, guide: Guide, seed: int, steps: int) -> DiT:
+    weaker = replace(setup, model=setup.model | guide.model)
+    model, steps = new_network(weaker, seed), round(guide.part * steps)
+    train(model, *data_of(weaker), seed, 0, steps, steps, draws=1, **weaker.learning)
+    return model.eval()
+
+
+def sample(model: DiT, objective, name: str, count: int, seed: int, scale: float = 1.0, guide: DiT | None = None):
+    """(count, H, W, 3) uint8, by "sampler steps", of the labels 0, 1, 2, ..., 0, ...; without guidance at scale 1."""
+    sampler, steps = name.split()
+    settings = Settings(steps, sampler, cfg_scale=scale, seed=seed)
     labels = [index % model.config.num_classes for index in range(count)]
-    return np.concatenate(list(generate(model, objective, load_space("none"), labels, settings, batch_size=150)))
+    drawn = generate(model, objective, load_space("none"), labels, settings, guide=guide, batch_size=150)
+    return np.concatenate(list(drawn))
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
@@ -320,9 +425,26 @@ def dead_experts(runs: list[Run]) -> np.ndarray:
     return (load < 0.01 * load.mean(axis=3, keepdims=True)).sum(axis=(2, 3))
 
 
+def losses_after(runs: list[Run], steps: float) -> np.ndarray:
+    """(S, N) on the curve, between its points; the last ones from its end on."""
+    place = np.interp(steps, runs[0]["steps"], np.arange(len(runs[0]["steps"])))
+    before, after, losses = int(np.floor(place)), int(np.ceil(place)), stacked(runs, "losses")
+    return losses[:, before] + (place - before) * (losses[:, after] - losses[:, before])
+
+
+def step_seconds(names: Iterable[str], to: str) -> dict[str, float]:
+    """CPU time of a training step of each setup, in proportion to that of one of them: all take turns."""
+    ways, numbers = {}, itertools.count()
+    for name in names:
+        learner = Learner(new_network(SETUPS[name], 0), data_of(SETUPS[name])[0], 0, **SETUPS[name].learning)
+        ways[name] = functools.partial(lambda learner: learner.step(next(numbers)), learner)
+    times = harness.measure(ways, torch.device("cpu"), STEP_ROUNDS)
+    return {name: times.median(to) * times.ratio(name, to) for name in ways}
+
+
 # -------------------------------------------------------------------------------------------------------------- reports
 
-LOSSES = (0.3, 0.4, 0.6, 1.0, 1.6)  # named on logarithmic axes
+LOSSES = (0.25, 0.3, 0.4, 0.6, 1.0, 1.6)  # named on logarithmic axes
 DISTANCES = (1, 1.5, 2, 3, 4, 5)
 COLORS = ("black", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by all eyes
 COLORS += ("#56b4e9", "0.5", "#8c510a")
@@ -331,24 +453,30 @@ COLORS += ("#56b4e9", "0.5", "#8c510a")
 def report_experts(runs: Runs, scorer: Scorer, to: str = "dense") -> tuple[str, Figure]:
     figure = Figure(figsize=(10, 7.6), layout="constrained")
     (over_steps, over_flops), (over_time, difference) = figure.subplots(2, 2)
+    seconds, beginning = step_seconds(runs, to), 0.0
     for (name, mine), color in zip(runs.items(), COLORS, strict=False):
         steps, losses = mine[0]["steps"], stacked(mine, "losses")  # (P,), (S, P, N)
         per_seed = losses.mean(axis=2, keepdims=True)
         teraflops = steps * BATCH * flops(SETUPS[name].config).training / 1e12
-        seconds = stacked(mine, "seconds").mean(axis=0)
-        for axes, x in ((over_steps, steps), (over_flops, teraflops), (over_time, seconds)):
+        for axes, x in ((over_steps, steps), (over_flops, teraflops), (over_time, steps * seconds[name])):
             band(axes, x, per_seed, name, color)
+        beginning = max(beginning, per_seed.mean(axis=0)[len(steps) // 8, 0])
         band(difference, steps, losses - stacked(runs[to], "losses"), name, color)
     over_steps.set(xlabel="training step", ylabel="held-out loss")
     over_flops.set(xlabel="training compute (TFLOP)", ylabel="held-out loss")
     over_time.set(xlabel="training time (CPU seconds of one core)", ylabel="held-out loss")
-    difference.set(xlabel="training step", ylabel="held-out loss, less that of the dense DiT")
+    difference.set(xlabel="training step", ylabel=f"held-out loss, less that of {to}")
     for axes in (over_steps, over_flops, over_time):
         axes.set_yscale("log")
         axes.set_yticks(LOSSES, labels=map(str, LOSSES))
         axes.minorticks_off()
+        axes.set_ylim(0.98 * min(run["losses"].mean(axis=1).min() for mine in runs.values() for run in mine), beginning)
     finish(figure, over_steps)
-    return comparison(runs, to, scorer), figure
+    losses = {
+        name: losses_after(mine, mine[0]["steps"][-1] * seconds[to] / seconds[name]) for name, mine in runs.items()
+    }
+    more = [(f"less {to}, at equal time", [versus(losses, name, to) for name in runs]), *of_load(runs)]
+    return comparison(runs, to, scorer, seconds, more), figure
 
 
 def report_differences(runs: Runs, scorer: Scorer, to: str) -> tuple[str, Figure]:
@@ -372,7 +500,65 @@ def report_differences(runs: Runs, scorer: Scorer, to: str) -> tuple[str, Figure
     final.axvline(0, color="0.7", linewidth=0.8, zorder=0)
     final.invert_yaxis()
     finish(figure, over_steps)
-    return comparison(runs, to, scorer), figure
+    return comparison(runs, to, scorer, step_seconds(runs, to)), figure
+
+
+def report_optimizers(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
+    """Whole runs, and the trials that their learning rates are from."""
+    whole, figure = report_experts({name: mine for name, mine in runs.items() if name not in TRIALS}, scorer, "softmax")
+    rows = {}
+    for name in TRIALS:
+        rows.setdefault(name.partition(",")[0], []).append(f"{runs[name][0]['losses'][-1].mean():.4f}")
+    steps = runs[next(iter(TRIALS))][0]["steps"][-1]
+    header = [f"loss of seed 0 after {steps} steps", *(f"learning rate {lr:g}" for lr in RATES)]
+    return f"{whole}\n\n{markdown(header, [[name, *cells] for name, cells in rows.items()])}", figure
+
+
+def report_averages(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
+    """What averages of the weights are worth, all of the same run."""
+    (mine,) = runs.values()
+    lengths = {f"length {length:g}": length for length in LENGTHS}
+    (sampler,) = JUDGED
+    made = {
+        name: [dict(losses=run[f"losses {name}"][None]) | {sampler: run[f"images {name}"]} for run in mine]
+        for name in (LAST, *lengths)
+    }
+    usual = {f"decay {EMA_DECAY:g}": [dict(losses=run["losses"][-1:]) | {sampler: run[sampler]} for run in mine]}
+    made = {LAST: made[LAST]} | usual | made
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    measures = (lambda each: stacked(each, "losses")[:, -1], functools.partial(distance, scorer=scorer))
+    for axes, measure in zip(panels, measures, strict=True):
+        values = np.stack([measure(made[name]) for name in lengths], axis=1)
+        band(axes, np.array(LENGTHS), values, "power function", COLORS[1])
+        for name, style, color in ((LAST, ":", COLORS[0]), (*usual, "--", COLORS[2])):
+            axes.axhline(measure(made[name]).mean(), label=name, color=color, linestyle=style)
+        axes.set(xlabel="length of the average, over that of the training", xscale="log")
+        axes.set_xticks(LENGTHS, labels=map(str, LENGTHS))
+        axes.minorticks_off()
+    panels[0].set(ylabel="held-out loss")
+    panels[1].set(ylabel="Fréchet distance")
+    finish(figure, panels[0])
+    return table(made, [*of_losses(made, LAST), *of_samples(made, LAST, scorer)], scorer, "weights"), figure
+
+
+def report_guides(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
+    """Samples of one network, guided away from several."""
+    (mine,), (sampler,) = runs.values(), JUDGED
+    drawn = {NO_GUIDANCE: [{sampler: run[sampler]} for run in mine]}
+    for guide, scale in itertools.product(GUIDES, SCALES):
+        drawn[f"{guide}, {scale:g}"] = [{sampler: run[f"images {guide} {scale:g}"]} for run in mine]
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = far, right = figure.subplots(1, 2)
+    for guide, color in zip(GUIDES, COLORS[1:], strict=False):
+        ways = [drawn[name] for name in (NO_GUIDANCE, *(f"{guide}, {scale:g}" for scale in SCALES))]
+        for axes, measure in zip(panels, (distance, recognised), strict=True):
+            values = np.stack([measure(each, scorer) for each in ways], axis=1)
+            band(axes, np.array([1.0, *SCALES]), values, guide, color, marker="o", markersize=4)
+    far.set(xlabel="guidance scale", ylabel="Fréchet distance")
+    right.set(xlabel="guidance scale", ylabel="share recognised")
+    finish(figure, far)
+    return table(drawn, of_samples(drawn, NO_GUIDANCE, scorer), scorer, "guided away from, scale"), figure
 
 
 def report_balance(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
@@ -440,33 +626,68 @@ REPORTS = {
     "routers": functools.partial(report_experts, to="dense, scenes"),
     "places": functools.partial(report_differences, to="8 experts"),
     "parts": functools.partial(report_differences, to="dense"),
+    "optimizers": report_optimizers,
+    "averages": report_averages,
+    "guides": report_guides,
 }
 
 # -------------------------------------------------------------------------------------------------- tables and pictures
 
 
-def comparison(runs: Runs, baseline: str, scorer: Scorer) -> str:
-    """Networks by what they cost, their loss and their samples."""
-    rows = []
+Columns = list[tuple[str, list]]  # (header, a cell for each of some runs)
+
+
+def comparison(runs: Runs, to: str, scorer: Scorer, seconds: dict[str, float], more: Columns = ()) -> str:
+    """Networks by what they cost, their loss and their samples; `more` after the losses."""
+    columns = [*of_costs(runs, seconds), *of_losses(runs, to), *more, *of_samples(runs, to, scorer)]
+    return table(runs, columns, scorer)
+
+
+def of_costs(runs: Runs, seconds: dict[str, float]) -> Columns:
+    configs = [SETUPS[name].config for name in runs]
+    counts = [parameter_counts(config) for config in configs]
+    per_token = [flops(config).forward / tokens_per_image(config) for config in configs]
+    return [
+        ("parameters (activated)", [f"{each.total / 1e6:.2f} M ({each.activated / 1e6:.2f} M)" for each in counts]),
+        ("MFLOP a token", [f"{each / 1e6:.3f}" for each in per_token]),
+        ("CPU a step", [f"{1000 * seconds[name]:.0f} ms" for name in runs]),
+    ]
+
+
+def of_losses(runs: Runs, to: str) -> Columns:
+    """The last ones."""
     losses = {name: stacked(mine, "losses")[:, -1] for name, mine in runs.items()}
-    far = {name: distance(mine, scorer) for name, mine in runs.items()}
+    return [
+        ("loss", [f"{each.mean():.4f}" for each in losses.values()]),
+        (f"less {to}", [versus(losses, name, to) for name in runs]),
+    ]
+
+
+def of_load(runs: Runs) -> Columns:
+    """In the end, of the experts that tokens compete for."""
+    cells = {"load CV": [], "dead experts": []}
     for name, mine in runs.items():
-        config = SETUPS[name].config
-        counts, per_token = parameter_counts(config), flops(config).forward / tokens_per_image(config)
-        seconds = np.median(stacked(mine, "seconds")[:, -1]) / mine[0]["steps"][-1]
-        right = np.stack([scorer.recognised(images) for images in judged(mine)])
-        row = [name, f"{counts.total / 1e6:.2f} M ({counts.activated / 1e6:.2f} M)", f"{per_token / 1e6:.3f}"]
-        row += [f"{1000 * seconds:.0f} ms", f"{losses[name].mean():.4f}", versus(losses, name, baseline)]
-        rows.append([*row, f"{right.mean():.1%}", f"{far[name].mean():.3f}", versus(far, name, baseline)])
-    (images,) = JUDGED.values()
-    rows.append([f"{images} real digits", *[""] * 6, f"{scorer.distance(scorer.real[:images]):.3f}", ""])
-    header = ["run", "parameters (activated)", "MFLOP a token", "CPU a step", "loss", f"less {baseline}", "recognised"]
-    return markdown([*header, "Fréchet distance", f"less {baseline}"], rows)
+        count = SETUPS[name].config.num_experts
+        ends = [{"load": run["load"][-1:, :, :count]} for run in mine]  # a last one may be of unconditional images
+        cells["load CV"].append(f"{load_cv(ends).mean():.3f}" if count else None)
+        cells["dead experts"].append(f"{dead_experts(ends).mean():.1f} of {ends[0]['load'].size}" if count else None)
+    return list(cells.items())
 
 
-def versus(values: dict[str, np.ndarray], name: str, baseline: str) -> Interval | str:
+def of_samples(runs: Runs, to: str, scorer: Scorer) -> Columns:
+    far = {name: distance(mine, scorer) for name, mine in runs.items()}
+    right = {name: recognised(mine, scorer) for name, mine in runs.items()}
+    return [
+        ("recognised", [f"{each.mean():.1%}" for each in right.values()]),
+        (f"less {to}", [versus(right, name, to) for name in runs]),
+        ("Fréchet distance", [f"{each.mean():.3f}" for each in far.values()]),
+        (f"less {to}", [versus(far, name, to) for name in runs]),
+    ]
+
+
+def versus(values: dict[str, np.ndarray], name: str, to: str) -> Interval | None:
     """The paired difference of (S, N) each."""
-    return interval(values[name] - values[baseline]) if name != baseline else ""
+    return interval(values[name] - values[to]) if name != to else None
 
 
 def judged(runs: list[Run]) -> list[np.ndarray]:
@@ -475,13 +696,28 @@ def judged(runs: list[Run]) -> list[np.ndarray]:
     return [run[name] for run in runs]
 
 
+def recognised(runs: list[Run], scorer: Scorer) -> np.ndarray:
+    """(S, N)"""
+    return np.stack([scorer.recognised(images) for images in judged(runs)]).astype(float)
+
+
 def distance(runs: list[Run], scorer: Scorer) -> np.ndarray:
     """(S, 1)"""
     return np.array([[scorer.distance(images)] for images in judged(runs)])
 
 
+def table(runs: Runs, columns: Columns, scorer: Scorer, what: str = "run") -> str:
+    """A row for each run, and one of real images."""
+    header, cells = zip(*columns, strict=True)
+    rows = [[name, *row] for name, row in zip(runs, zip(*cells, strict=True), strict=True)]
+    (images,) = JUDGED.values()
+    real = {"Fréchet distance": f"{scorer.distance(scorer.real[:images]):.3f}"}
+    rows.append([f"{images} real ones", *(real.get(each) for each in header)])
+    return markdown([what, *header], rows)
+
+
 def markdown(header: list[str], rows: list[list]) -> str:
-    lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
+    lines = [f"| {' | '.join('' if cell is None else str(cell) for cell in row)} |" for row in (header, *rows)]
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
@@ -495,7 +731,7 @@ def band(axes, x: np.ndarray, values: np.ndarray, label: str, color: str, **styl
 def finish(figure: Figure, legend_of) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*legend_of.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*legend_of.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
 
 
 if __name__ == "__main__":

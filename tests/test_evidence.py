@@ -8,6 +8,7 @@ from PIL import Image
 
 from analysis.plan import flops
 from benchmarks import evidence
+from benchmarks.harness import Times
 from cli import UsageError
 from scripts.digits import Digits, split_digits
 
@@ -20,6 +21,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(evidence, "BASE", evidence.BASE | dict(hidden_size=32, num_heads=2))
     monkeypatch.setattr(evidence, "EVALUATIONS", (3, 5))
     monkeypatch.setattr(evidence, "SWEEP_IMAGES", 20)
+    monkeypatch.setattr(evidence, "STEP_ROUNDS", 1)
     some = ("dense, scenes", "sigmoid, bias", "batch pool")
     monkeypatch.setitem(evidence.EXPERIMENTS, "routers", some)
     monkeypatch.setattr(evidence, "JUDGED", {"euler 2": 30})
@@ -54,6 +56,39 @@ def test_networks_cost_the_same_for_each_token():
     assert max(costs.values()) < 1.03 * min(costs.values())
     routers = {name: 2 * 16 * 64 * config.num_experts * len(config.moe_indices) for name, config in configs.items()}
     assert len({costs[name] - routers[name] for name in costs}) == 1, "but for the router they cost exactly the same"
+    on_scenes = {name: flops(setup.config).forward for name, setup in evidence.SETUPS.items() if setup.scenes}
+    assert on_scenes.pop("batch pool") > 1.05 * on_scenes["softmax"]  # its predictor
+    assert max(on_scenes.values()) < 1.03 * min(on_scenes.values())
+
+
+def test_what_is_done_afterwards_leaves_the_run_alone(tiny):
+    """Averages kept along change no curve, and who is guided away from its own likeness stays where it is."""
+    guides = {"itself": evidence.Guide(1.0, {}), "smaller": evidence.Guide(0.5, dict(depth=1))}
+    more = dict(samples=evidence.JUDGED, guides=guides, scales=(3.0,))
+    setup = dataclasses.replace(evidence.SETUPS["softmax, afterwards"], **more)
+    run = evidence.run(setup, 0, 6, 3)
+    assert np.array_equal(run["losses"], arrays("softmax")["losses"])
+    assert np.array_equal(run["images itself 3"], run["euler 2"])
+    assert not np.array_equal(run["images smaller 3"], run["euler 2"])
+    shortest, longest = run["losses length 0.02"].mean(), run["losses length 0.2"].mean()
+    assert run["losses no average"].mean() <= shortest < longest < run["losses"][0].mean()  # the loss still falls
+
+
+def test_time_is_measured_in_turns_and_curves_are_read_between_points(tiny, monkeypatch):
+    def measured(ways, device, rounds) -> Times:
+        for way in ways.values():
+            way()
+        return Times({name: [1 + place, 2 * (1 + place), 9] for place, name in enumerate(ways)})
+
+    monkeypatch.setattr(evidence.harness, "measure", measured)
+    assert evidence.step_seconds(["dense", "8 experts", "softmax, Muon"], "dense") == {
+        "dense": 2, "8 experts": 4, "softmax, Muon": 6
+    }  # fmt: skip
+    losses = np.random.default_rng(0).random((2, 3, 5))  # 2 seeds, 3 points, 5 images
+    runs = [{"steps": np.array([0, 50, 100]), "losses": each} for each in losses]
+    for step in (0, 20, 50, 95, 100, 130):
+        expected = [[np.interp(step, (0, 50, 100), each[:, image]) for image in range(5)] for each in losses]
+        assert np.allclose(evidence.losses_after(runs, step), expected)
 
 
 def test_interval_is_paired_and_counts_seeds():
@@ -84,20 +119,28 @@ def test_dead_experts_and_load_of_known_counts():
     assert evidence.dead_experts(runs).tolist() == [[0, 5]]
     cv = load[1, 1].std() / load[1, 1].mean()
     assert np.allclose(evidence.load_cv(runs), [[0, (3**0.5 + cv) / 2]])
+    columns = evidence.of_load({"dense": [{"load": load[:, :, :0]}], "4 experts": runs})
+    of_four = [f"{(3**0.5 + cv) / 2:.3f}", "5.0 of 8"]
+    assert [[name, *cells[:2]] for name, cells in columns] == [
+        ["load CV", None, of_four[0]], ["dead experts", None, of_four[1]]
+    ]  # fmt: skip
+    unconditional = np.concatenate([load, np.zeros((2, 2, 5), np.int32)], axis=2)[:, :, :9]  # 8 and one more
+    assert evidence.of_load({"prototypes": [{"load": unconditional}]})[1][1] == ["12.0 of 16"]
 
 
 @pytest.mark.slow
-def test_whole_chain_resumes_and_remakes_pictures(tiny, tmp_path, capsys, monkeypatch):
+def test_whole_chain_resumes_and_remakes_pictures(tiny, tmp_path, capfd, monkeypatch):
     flags = ["--seeds", "1", "--steps", "4", "--eval-every", "2", "--runs", str(tmp_path / "runs")]
     flags += ["--pictures", str(tmp_path)]
     evidence.main(evidence.get_parser().parse_args(["experts", *flags]))
-    written = capsys.readouterr().out
+    written = capfd.readouterr().out
     assert written.count("of training") == 6 and "| 16 experts |" in written
 
     (tmp_path / "runs" / "dense-0.npz").unlink()
-    evidence.main(evidence.get_parser().parse_args(flags))
-    again = capsys.readouterr().out
-    assert again.count("of training") == 1 + 14 + 3  # what was missing, and the runs of the other experiments
+    evidence.main(evidence.get_parser().parse_args([*flags, "--jobs", "2"]))
+    again = capfd.readouterr().out
+    assert again.count("of training") == 1 + 14 + 3 + 9  # what was missing, and the runs of the other experiments
+    assert "| AdamW | " in again and "| itself, earlier, 2 |" in again and "| length 0.05 |" in again
     assert again.split("\nexperts\n")[1].startswith(written.split("\nexperts\n")[1].split("| dense")[0])
     pictures = {path.name: Image.open(path).size for path in tmp_path.glob("*.png")}
     assert set(pictures) == {f"evidence_{name}.png" for name in evidence.EXPERIMENTS}
