@@ -122,6 +122,7 @@ def train(
     eval_every: int,
     *,
     draws: int = 2,
+    schedule: str = "constant",
     averages: Sequence[EMA] = (),
     **options,
 ) -> list[Point]:
@@ -129,6 +130,7 @@ def train(
 
     Args:
         draws: see `evaluate`.
+        schedule: of the learning rate, of `optim.SCHEDULES`.
         averages: further ones of the model, to keep along.
         options: of `Learner`.
     """
@@ -137,7 +139,7 @@ def train(
     seconds, curve = 0.0, [Point(first, 0.0, *evaluate(model, objective, held_out, draws))]
     for step in range(first, last):
         began = time.process_time()
-        learner.step(step, lr_factor(step - first, "constant", WARMUP, last - first))
+        learner.step(step, lr_factor(step - first, schedule, WARMUP, last - first))
         seconds += time.process_time() - began
         for each in averages:
             each.update(model)

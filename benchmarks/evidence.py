@@ -87,6 +87,7 @@ class Setup:
     samples: dict[str, int] = field(default_factory=lambda: JUDGED)  # "sampler steps" -> images
     optimizer: str = "adamw"
     lr: float = LR
+    schedule: str = "constant"
     seeds: int | None = None  # no more than these, of a trial
     lengths: tuple[float, ...] = ()  # of averages that are made of the run afterwards
     guides: dict[str, Guide | None] = field(default_factory=dict)  # that it is drawn with afterwards; None: no label
@@ -108,8 +109,12 @@ SCENES = dict(input_size=16, patch_size=4, in_channels=3, num_classes=100)
 
 
 def routed(router: str, *balance: str, **more) -> Setup:
-    """On endless scenes, twice as long; what a token costs is what it costs in the dense network."""
-    return Setup(dict(router=router) | more, part=2.0, balance=balance or ("none",), scenes=True)
+    """On endless scenes, somewhat longer; what a token costs is what it costs in the dense network.
+
+    The rate falls to zero in the end: at a constant one the seeds differ by more than the networks do.
+    """
+    options = dict(part=1.25, balance=balance or ("none",), scenes=True, schedule="wsd")
+    return Setup(dict(router=router) | more, **options)
 
 
 SOFTMAX = routed("softmax", "aux")
@@ -121,7 +126,7 @@ TRIALS = {  # of learning rates
 }
 LENGTHS = (0.02, 0.05, 0.1, 0.2)
 GUIDES = {"no label": None, "itself, earlier": Guide(0.5, {}), "smaller, earlier": Guide(0.25, dict(depth=2))}
-SCALES = (1.25, 1.5, 2.0)
+SCALES = (1.5, 2.0)
 LAST, NO_GUIDANCE = "no average", "no guidance"
 
 ROUTING = dict(part=0.5, samples={})  # the load of experts settles early
@@ -150,13 +155,14 @@ SETUPS = {
     "softmax, 4": routed("softmax", "aux", num_experts=4),
     "softmax": SOFTMAX,
     "softmax, 16": routed("softmax", "aux", num_experts=16),
+    "softmax, 16, shorter": replace(routed("softmax", "aux", num_experts=16), part=0.875),
     "sigmoid, bias": routed("sigmoid", "bias", norm_topk_prob=True, router_bias=True),
     "expert choice": routed("expert-choice"),
     "batch pool": routed("batch-pool"),
     "prototypes": routed("prototypes"),
     "softmax, Muon": replace(SOFTMAX, optimizer="muon"),
     **TRIALS,
-    "softmax, afterwards": replace(SOFTMAX, part=3.0, lengths=LENGTHS, guides=GUIDES, scales=SCALES),
+    "softmax, afterwards": replace(SOFTMAX, schedule="constant", lengths=LENGTHS, guides=GUIDES, scales=SCALES),
     "RoPE": Setup(dict(num_experts=0, positions="rope2d")),
     "SwiGLU": Setup(dict(num_experts=0, mlp="swiglu", mlp_multiple=8)),
     "RoPE, SwiGLU": Setup(dict(num_experts=0, positions="rope2d", mlp="swiglu", mlp_multiple=8)),
@@ -167,7 +173,7 @@ EXPERIMENTS = {
     "samplers": ("8 experts", "DDPM, linear, eps", "DDPM, cosine, v"),
     "places": ("8 experts", "no shared expert", "deep half", "shallow half", "every second", "dense"),
     "routers": (
-        *("dense, scenes", "1 expert, scenes", "softmax, 4", "softmax", "softmax, 16"),
+        *("dense, scenes", "1 expert, scenes", "softmax, 4", "softmax", "softmax, 16", "softmax, 16, shorter"),
         *("sigmoid, bias", "expert choice", "batch pool", "prototypes"),
     ),
     "parts": ("dense", "RoPE", "SwiGLU", "RoPE, SwiGLU"),  # dense: a table of sine and cosine, GELU
@@ -237,8 +243,8 @@ def cached_run(name: str, seed: int, args) -> Run:
     "images <guide> <scale>".
     """
     setup = SETUPS[name]
-    usual = {"balance": ("aux",), "scenes": False, "optimizer": "adamw", "lr": LR, "seeds": None}
-    usual |= {"lengths": (), "guides": {}, "scales": ()}  # settings of before do not name these
+    usual = {"balance": ("aux",), "scenes": False, "optimizer": "adamw", "lr": LR, "schedule": "constant"}
+    usual |= {"seeds": None, "lengths": (), "guides": {}, "scales": ()}  # settings of before do not name these
     settings = {name: value for name, value in vars(setup).items() if name not in usual or usual[name] != value}
     settings |= {"model": setup.config.to_dict(), "objective": setup.objective.config()}
     steps = round(setup.part * args.steps)
@@ -262,7 +268,7 @@ def run(setup: Setup, seed: int, last: int, eval_every: int) -> Run:
     model = new_network(setup, seed)
     powers = [PowerEMA(model, length) for length in USUAL if setup.lengths]
     averages = [*powers, EMA(model, 0.0)] if powers else []  # the last one: no average at all
-    options = dict(draws=1, averages=averages, **setup.learning)
+    options = dict(draws=1, averages=averages, schedule=setup.schedule, **setup.learning)
     points = train(model, training, held_out, seed, 0, last, eval_every, **options)
     model.eval()
     arrays = {
@@ -273,6 +279,11 @@ def run(setup: Setup, seed: int, last: int, eval_every: int) -> Run:
     }
     for sampler, count in setup.samples.items():
         arrays[sampler] = sample(model, setup.objective, sampler, count, seed)
+    if setup.scenes:
+        arrays["losses, other writers"] = evaluate(model, setup.objective, Scenes(split_digits()[1]), draws=1)[
+            0
+        ].numpy()
+        model.eval()
     (judged,) = JUDGED.items()
     for name, guide in setup.guides.items():
         weaker = None if guide is None else weaker_network(setup, guide, seed, last)
@@ -287,9 +298,9 @@ def run(setup: Setup, seed: int, last: int, eval_every: int) -> Run:
 
 
 def data_of(setup: Setup) -> tuple[Digits, Digits] | tuple[Scenes, Scenes]:
-    """(to learn from, held out)"""
+    """(to learn from, held out). Of scenes that are held out a network has seen the digits, and no scene twice."""
     training, held_out = split_digits()
-    return (Scenes(training), Scenes(held_out)) if setup.scenes else (training, held_out)
+    return (Scenes(training), Scenes(training)) if setup.scenes else (training, held_out)
 
 
 def new_network(setup: Setup, seed: int) -> DiT:
@@ -313,7 +324,7 @@ def averages_of(points: list[Point], powers: list[PowerEMA], lengths: Sequence[f
 def weaker_network(setup: Setup, guide: Guide, seed: int, steps: int) -> DiT:
     weaker = replace(setup, model=setup.model | guide.model)
     model, steps = new_network(weaker, seed), round(guide.part * steps)
-    train(model, *data_of(weaker), seed, 0, steps, steps, draws=1, **weaker.learning)
+    train(model, *data_of(weaker), seed, 0, steps, steps, draws=1, schedule=weaker.schedule, **weaker.learning)
     return model.eval()
 
 
@@ -425,13 +436,6 @@ def dead_experts(runs: list[Run]) -> np.ndarray:
     return (load < 0.01 * load.mean(axis=3, keepdims=True)).sum(axis=(2, 3))
 
 
-def losses_after(runs: list[Run], steps: float) -> np.ndarray:
-    """(S, N) on the curve, between its points; the last ones from its end on."""
-    place = np.interp(steps, runs[0]["steps"], np.arange(len(runs[0]["steps"])))
-    before, after, losses = int(np.floor(place)), int(np.ceil(place)), stacked(runs, "losses")
-    return losses[:, before] + (place - before) * (losses[:, after] - losses[:, before])
-
-
 def step_seconds(names: Iterable[str], to: str) -> dict[str, float]:
     """CPU time of a training step of each setup, in proportion to that of one of them: all take turns."""
     ways, numbers = {}, itertools.count()
@@ -447,7 +451,7 @@ def step_seconds(names: Iterable[str], to: str) -> dict[str, float]:
 LOSSES = (0.25, 0.3, 0.4, 0.6, 1.0, 1.6)  # named on logarithmic axes
 DISTANCES = (1, 1.5, 2, 3, 4, 5)
 COLORS = ("black", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by all eyes
-COLORS += ("#56b4e9", "0.5", "#8c510a")
+COLORS += ("#56b4e9", "0.5", "#8c510a", "#6a3d9a")
 
 
 def report_experts(runs: Runs, scorer: Scorer, to: str = "dense") -> tuple[str, Figure]:
@@ -461,7 +465,8 @@ def report_experts(runs: Runs, scorer: Scorer, to: str = "dense") -> tuple[str, 
         for axes, x in ((over_steps, steps), (over_flops, teraflops), (over_time, steps * seconds[name])):
             band(axes, x, per_seed, name, color)
         beginning = max(beginning, per_seed.mean(axis=0)[len(steps) // 8, 0])
-        band(difference, steps, losses - stacked(runs[to], "losses"), name, color)
+        if len(steps) == len(runs[to][0]["steps"]):
+            band(difference, steps, losses - stacked(runs[to], "losses"), name, color)
     over_steps.set(xlabel="training step", ylabel="held-out loss")
     over_flops.set(xlabel="training compute (TFLOP)", ylabel="held-out loss")
     over_time.set(xlabel="training time (CPU seconds of one core)", ylabel="held-out loss")
@@ -472,10 +477,12 @@ def report_experts(runs: Runs, scorer: Scorer, to: str = "dense") -> tuple[str, 
         axes.minorticks_off()
         axes.set_ylim(0.98 * min(run["losses"].mean(axis=1).min() for mine in runs.values() for run in mine), beginning)
     finish(figure, over_steps)
-    losses = {
-        name: losses_after(mine, mine[0]["steps"][-1] * seconds[to] / seconds[name]) for name, mine in runs.items()
-    }
-    more = [(f"less {to}, at equal time", [versus(losses, name, to) for name in runs]), *of_load(runs)]
+    whole = {name: mine[0]["steps"][-1] * seconds[name] for name, mine in runs.items()}
+    more = [(f"time of training, over {to}", [f"{each / whole[to]:.2f}" for each in whole.values()]), *of_load(runs)]
+    if all("losses, other writers" in run for mine in runs.values() for run in mine):
+        others = {name: stacked(mine, "losses, other writers") for name, mine in runs.items()}
+        more += [("loss, other writers", [f"{each.mean():.4f}" for each in others.values()])]
+        more += [(f"less {to}", [versus(others, name, to) for name in runs])]
     return comparison(runs, to, scorer, seconds, more), figure
 
 
