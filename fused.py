@@ -7,10 +7,14 @@ All read and write whole vectors of 16 bytes, compute in fp32, and add up in a f
 bit-identical. Tensors are contiguous.
 """
 
+import functools
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from cli import warn_once
 
 triton = None
 if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
@@ -20,13 +24,28 @@ if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     except ImportError:  # some builds of PyTorch come without
         pass
 
-AVAILABLE = triton is not None and torch.cuda.is_available()  # chosen once, at the start
+AVAILABLE = triton is not None and torch.cuda.is_available()
 
 
 def serves(*tensors: Tensor) -> bool:
     """Whether these kernels run on such tensors, now."""
-    eager = AVAILABLE and not torch.compiler.is_compiling()
-    return eager and all(type(each) is Tensor and each.is_cuda and each.is_contiguous() for each in tensors)
+    if not AVAILABLE or torch.compiler.is_compiling():
+        return False
+    return all(type(each) is Tensor and each.is_cuda and each.is_contiguous() for each in tensors) and _works()
+
+
+@functools.cache
+def _works() -> bool:
+    """Decided once, by a try: Triton needs a compiler, and a GPU that it knows."""
+    gate_up = torch.randn(4, 64, device="cuda")
+    try:
+        error = (swiglu(gate_up) - F.silu(gate_up[:, :32]) * gate_up[:, 32:]).abs().max().item()
+        reason = f"its results are wrong by {error:.1e}" if error > 1e-5 else None
+    except Exception as failure:  # whatever a compiler comes up with
+        reason = f"{type(failure).__name__}: {failure}".partition("\n")[0]
+    if reason is not None:
+        warn_once(f"Triton does not work here ({reason}): eager products of experts are slower without its kernels")
+    return reason is None
 
 
 if triton is not None:

@@ -16,19 +16,65 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 
+def copy_of(name: str):
+    """The module anew, under another name."""
+    spec = importlib.util.spec_from_file_location(name, Path(fused.__file__))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_they_move_whole_vectors():
+    """Compiled for an H100, which takes no GPU: every access of a row's values is one of 16 bytes.
+
+    Comes first: Triton's interpreter changes its language for good.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)  # of this copy, Triton is that of everybody
+        module = copy_of("fused_compiled")
+    rows = {"rows": "i32", "width": "i32"}
+    tiles = {"ROWS": 4, "COLUMNS": 512}
+    rest = {"width": "i32", "places": "*i64", "order": "*i64", "grad_weights": "*fp32"}
+    whole = {"K": 2, "COLUMNS": 1024}
+    vectors = {
+        "_swiglu": (rows, tiles, 4, 2),  # with 16 values a thread
+        "_swiglu_backward": (rows, tiles, 6, 4),
+        "_spread": (rest, whole, 1, 2),
+        "_gather_sum": (rest, whole | {"WEIGHTED": True}, 2, 1),
+        "_combine_backward": (rest, whole, 2, 1),
+    }
+    for name, (types, constants, loads, stores) in vectors.items():
+        code = assembly(getattr(module, name), types, constants)
+        assert (code.count("ld.global.v4"), code.count("st.global.v4")) == (loads, stores), name
+
+
+def assembly(kernel, types: dict[str, str], constants: dict[str, int]) -> str:
+    """PTX of a kernel whose arguments are pointers to bf16 if `types` does not say otherwise, all divisible by 16."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in names}
+    divisible = [name for name in names if name not in constants and (name, types.get(name)) != ("rows", "i32")]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+    )
+    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+
+
 @pytest.fixture(scope="module")
 def kernels():
     """The module; without a GPU, a copy of it whose kernels are interpreted, and of Triton, which decides on import."""
     if ON_GPU:
         return fused
-    spec = importlib.util.spec_from_file_location("fused_interpreted", Path(fused.__file__))
-    module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         for name in [name for name in sys.modules if name.split(".")[0] == "triton" and "._C" not in name]:
             patch.delitem(sys.modules, name)
-        spec.loader.exec_module(module)
-        yield module
+        return copy_of("fused_interpreted")
 
 
 def randn(*shape: int) -> torch.Tensor:
