@@ -35,7 +35,7 @@ import yaml
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from autoencoders import SpaceInfo, space_info
+from autoencoders import SpaceInfo, Statistics, space_info
 from caption_features import FeatureShards, StoredTexts
 from cli import UsageError
 from data import FileSamples, ImageData, Reading, Samples, draw_randomness, is_data, parallel, require_folder
@@ -405,19 +405,27 @@ class NpyMoments(FileSamples):
 
 
 def open_captioned_features(
-    path: Path, image_size: int | None, vae_path: str, seed: int, flip: bool, encoded: bool
+    path: Path,
+    image_size: int | None,
+    vae_path: str,
+    seed: int,
+    flip: bool,
+    statistics: Statistics | None = None,
+    *,
+    encoded: bool,
 ) -> CaptionedSamples:
     """Latents of images and captions, or their features, of a `--feature-path`.
 
     Args:
         vae_path: the autoencoder of latents that do not tell theirs: those of the SA-1B layout.
+        statistics: of those latents, as in `space_info`.
         encoded: the caller encodes texts; else features on disk are what counts.
 
     Raises:
         UsageError: it has no captions, is damaged, or of another image size.
     """
     if (path / "partition").is_dir():
-        space = space_info(vae_path)
+        space = space_info(vae_path, statistics)
         data = open_sa1b(
             path, lambda names: NpyMoments(str(path / SA1B_LATENTS), names, space, seed), encoded, bare=True
         )

@@ -15,6 +15,7 @@ Published `.pt` files load too, by PyTorch's restricted unpickler with `argparse
 
 import argparse
 import contextlib
+import copy
 import errno
 import itertools
 import json
@@ -324,18 +325,19 @@ class LazyTensors(Mapping):
     """
 
     def __init__(self, *paths: Path):
-        self._files, self.metadata = {}, {}
+        self._files, self.metadata = {}, {}  # name -> the file, and the tensor's name there
         for path in paths:
             refuse_pointer(path)
             try:
                 file = safe_open(path, "pt")
             except (SafetensorError, OSError) as error:
                 raise UsageError(f"{path} is not a readable safetensors file ({_first_line(error)})") from None
-            self._files |= dict.fromkeys(file.keys(), file)
+            self._files |= {name: (file, name) for name in file.keys()}  # noqa: SIM118
             self.metadata |= file.metadata() or {}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        file, there = self._files[name]
+        return file.get_tensor(there)
 
     def __iter__(self):
         return iter(self._files)
@@ -343,9 +345,15 @@ class LazyTensors(Mapping):
     def __len__(self) -> int:
         return len(self._files)
 
+    def named(self, names: Mapping[str, str]) -> "LazyTensors":
+        """Some of them, by other names: new -> present."""
+        some = copy.copy(self)
+        some._files = {name: self._files[present] for name, present in names.items()}
+        return some
+
     def on_meta(self) -> dict[str, Tensor]:
         """Names, shapes and dtypes from the headers alone."""
-        slices = {name: file.get_slice(name) for name, file in self._files.items()}
+        slices = {name: file.get_slice(there) for name, (file, there) in self._files.items()}
         return {
             name: torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype()), device="meta")
             for name, part in slices.items()
@@ -425,7 +433,7 @@ def load_weights(path: str | Path, which: str = "ema", **known) -> Weights:
     record, told = None, {}
     if path.is_dir() and not is_checkpoint(path) and (found := find_published_folder(path)):
         family, folder = found
-        tensors, told, path = family.read_folder(folder, which, load_pickle)
+        tensors, told, path = family.read_folder(folder, which, load_file)
         known = family.known(told) | known
     elif path.is_dir() and (parts := sharded_files(path)):
         tensors = LazyTensors(*parts) if parts[0].suffix == ".safetensors" else _load_parts(parts)
@@ -459,7 +467,8 @@ def load_weights(path: str | Path, which: str = "ema", **known) -> Weights:
         known = known_of(tensors) | known
         config = infer_config({name: tuple(tensor.shape) for name, tensor in meta.items()}, **known)
     if told:
-        record = {"format": FORMAT, "model": config.to_dict()} | family.description(told)
+        record = {"format": FORMAT} | family.description(told) | {"model": config.to_dict()}
+        check_record(record, Description, path, version=FORMAT)
     return Weights(tensors, meta, config, record, path)
 
 
@@ -516,6 +525,11 @@ def _state_dict_in(loaded: dict, which: str) -> dict[str, Tensor]:
     keys = (*names.get(which, ()), *names["ema"], *names["model"], "module")
     inner = next((loaded[key] for key in keys if isinstance(loaded.get(key), dict)), loaded)
     return {name: value for name, value in inner.items() if isinstance(value, Tensor)}
+
+
+def load_file(path: Path, kind: type = dict):
+    """What a file of weights holds, by its suffix: `LazyTensors`, or as `load_pickle`."""
+    return LazyTensors(path) if path.suffix == ".safetensors" else load_pickle(path, kind)
 
 
 def load_pickle(path: Path, kind: type = dict):

@@ -22,7 +22,7 @@ def size_of(name: str) -> dict:
 ROWS = {
     f"DiT-{size}/{patch}": size_of(size) | {"patch_size": patch}
     for size in SIZES
-    for patch in ((2,) if size in ("Nano", "G") else (2, 4, 8))
+    for patch in ((2,) if size in ("Nano", "G") else (1, 2, 4, 8))  # 1: of latents whose side is a 16th or less
 }
 ROWS |= {  # DiT-muP (arXiv 2505.15270): heads of 72, trained under muP
     f"DiT-muP-{heads}h/2": dict(

@@ -54,6 +54,8 @@ from latents import (
     npy_header,
     read_manifest,
     shard_path,
+    statistics_of,
+    sums_of,
     write_manifest,
 )
 from records import BadRecord, read_record
@@ -370,7 +372,7 @@ def write_shard(job: Job, shard: int, batches: Iterator, dtype: torch.dtype, unr
     """Encode a shard and write it, then what is to be known of it: a shard without a record is not finished."""
     path, checksum = shard_path(job.folder, shard), hashlib.sha256()
     plan = job.batches_of(shard)
-    labels, replaced = [], []
+    labels, replaced, sums = [], [], np.zeros((2, job.shape[2]))
     with replacing(path) as file:
 
         def write(content: bytes) -> None:
@@ -383,7 +385,9 @@ def write_shard(job: Job, shard: int, batches: Iterator, dtype: torch.dtype, unr
             bad = [index for index in batch["unreadable"].tolist() if index >= 0]
             for name in unreadable.update(bad, job.data):
                 print(f"unreadable image, replaced by its successor: {name}", flush=True)
-            write(encode(job, batch, dtype).tobytes())
+            moments = encode(job, batch, dtype)
+            sums += sums_of(moments)
+            write(moments.tobytes())
             file.flush()  # its size tells all processes how far this one is
             labels += batch["label"].tolist()
             replaced += bad
@@ -397,6 +401,7 @@ def write_shard(job: Job, shard: int, batches: Iterator, dtype: torch.dtype, unr
         "sha256": checksum.hexdigest(),
         "labels": [[label, len(list(run))] for label, run in itertools.groupby(labels)],  # [label, how many in a row]
         "unreadable": [{"index": index, "name": os.fsdecode(job.data.names[index])} for index in replaced],
+        "sums": sums.tolist(),
     }
     if job.captions is not None:
         texts = [job.captions.texts.of_image(image) for image in found]
@@ -534,6 +539,9 @@ def seal(job: Job, records: list[dict]) -> None:
         "images": {"file": NAMES} | digest(job.folder / NAMES),
         "shards": records,
     }
+    if all("sums" in record for record in records):  # shards of before have none
+        values = 2 * len(job.data) * math.prod(job.shape[3:])  # of each channel
+        manifest["statistics"] = statistics_of(np.sum([record["sums"] for record in records], axis=0), values)
     if job.captions is not None:
         features, mask = job.encoder([""])
         empty = in_half(features[mask], job.settings["text"]["dtype"])

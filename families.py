@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import diffmoe
+import diffusers_dit
 import dit
 import dsmoe
 import large_dit
@@ -35,7 +36,7 @@ import promoe
 from names import without_wrappers
 
 USUAL = {"QK_NORM": "head", "EXPERTS_ARE_MLPS": False, "TRAINING": {}, "OBJECTIVE": {}, "KNOWN": {}, "TEXTS": {}}
-FAMILIES = (large_dit, pixart, promoe, diffmoe, dsmoe, dit)
+FAMILIES = (large_dit, pixart, promoe, diffmoe, dsmoe, diffusers_dit, dit)
 DiT_models: dict[str, dict] = {name: row for family in reversed(FAMILIES) for name, row in family.ROWS.items()}
 
 

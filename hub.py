@@ -3,8 +3,9 @@
 import os
 import textwrap
 from collections.abc import Iterable
+from pathlib import Path
 
-from cli import UsageError
+from cli import RunStopped, UsageError
 
 HUB_TIMEOUT = 3  # seconds until an unreachable hub is given up
 PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]  # of the files of a network and its tokenizer
@@ -86,6 +87,35 @@ def fetch(place: str, what: str) -> None:
         snapshot_download(place, allow_patterns=PATTERNS)
     except (OSError, HTTPError, ValueError) as error:
         raise UsageError(f"the files of the {what} {place} cannot be fetched ({brief(error)})") from None
+
+
+def check_push(name: str) -> None:
+    """Raises UsageError where nothing could be uploaded to a repository of this name."""
+    from huggingface_hub import get_token
+
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise UsageError(f"--push-to-hub {name}: a repository has the form OWNER/NAME")
+    if get_token() is None:
+        raise UsageError(f"--push-to-hub {name} needs a token of the hub: `hf auth login`, or HF_TOKEN")
+
+
+def push(folder: Path, name: str, private: bool) -> str:
+    """Upload a folder to a repository, which is made if there is none; returns its address.
+
+    Raises:
+        RunStopped: the hub says no, or nothing.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        address = HfApi().create_repo(name, private=private, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["**/__pycache__/**"])
+    except (OSError, HTTPError, ValueError) as error:
+        raise RunStopped(
+            f"{folder} is written and was not uploaded ({brief(error)}): `hf upload {name} {folder}` does that"
+        ) from None
+    return str(address)
 
 
 def brief(error: Exception) -> str:

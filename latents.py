@@ -11,7 +11,8 @@ A folder that extract_features.py has finished:
     captions-...      features of captions, where there are some: caption_features.py
 
 Moments are kept instead of a sample, so that every epoch draws its own latents, as it does from images. They stand in
-the autoencoder's own units: its deviations lie in [e^-15, e^10], which float16 holds, never as 0 and never as infinity;
+the autoencoder's own units: its deviations lie in [e^-15, e^10], which float16 holds, never as 0 and never as infinity
+(they are 0 where an image has one latent alone);
 times Stable Diffusion's 0.18 the smallest would be less than float16's smallest step. Shift and scale come when a
 sample is drawn.
 """
@@ -30,7 +31,7 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from autoencoders import SpaceInfo
+from autoencoders import KINDS, Measured, SpaceInfo
 from caption_features import TextSettings
 from cli import UsageError
 from configuration import LIMITS
@@ -52,6 +53,7 @@ from records import BadRecord, Name, read_record
 FORMAT = 1
 MANIFEST, NAMES = "manifest.json", "images.json"
 PLAN = "extraction.json"  # the settings of an extraction that is under way
+LEAST_VARIANCE = 1e-12  # of a channel that does not vary, which is to be divided by its root
 FACTOR = 8  # pixels of an image's side for each of its latents', in fast-DiT's features, which do not say it
 ITEM_AXES = ["as it is, mirrored", "mean, standard deviation", "channel", "row", "column"]
 
@@ -75,14 +77,16 @@ class Shard(File):
     labels: Annotated[list[Annotated[list[Natural], Field(min_length=2, max_length=2)]], Field(min_length=1)]
     unreadable: list[Unreadable]
     captions: NotRequired[list[File]]  # features, and where they end
+    sums: NotRequired[Annotated[list[list[float]], Field(min_length=2, max_length=2)]]  # `sums_of` its latents
 
 
-class Autoencoder(TypedDict):
+class Autoencoder(Measured):
     path: Name
     channels: Positive
     downsample: Positive
     scaling_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     shift_factor: Annotated[float, Field(allow_inf_nan=False)]
+    kind: NotRequired[Literal[tuple(KINDS)]]
     sha256: NotRequired[str]
 
 
@@ -112,6 +116,7 @@ class Manifest(Settings):
 
     images: NotRequired[File]
     empty: NotRequired[File]  # features of the empty caption
+    statistics: NotRequired[Measured]  # of the latents, which --latent-stats may ask for
     shards: Annotated[list[Shard], Field(min_length=1)]
     sha256: str
 
@@ -165,10 +170,7 @@ class LatentShards(Samples):
         self.image_size = manifest["image_size"]
         facts = manifest["autoencoder"]
         self.sha256 = facts.get("sha256")  # of the autoencoder's weights
-        self.space = SpaceInfo(
-            *(facts[key] for key in ("path", "channels", "downsample", "scaling_factor", "shift_factor")),
-            samples_posterior=True,
-        )
+        self.space = SpaceInfo.recorded(facts)
         self.flip = flip
         self.shard_size = manifest["shard_size"]
         self.dtype = np.dtype(manifest["dtype"])
@@ -232,9 +234,10 @@ class LatentShards(Samples):
 
     def compare_with(self, space: SpaceInfo) -> None:
         """Raises UsageError if `space`, which is to decode what is learned from these latents, is another."""
-        ours = self.space_record()
-        for field, theirs in space.record().items():
-            if field != "path" and ours.get(field) not in (None, theirs):
+        ours, of_channels = self.space_record(), dict.fromkeys(Measured.__annotations__)
+        for field, theirs in (of_channels | space.record()).items():
+            usual = (theirs,) if field in of_channels else (None, theirs)
+            if field != "path" and ours.get(field) not in usual:
                 raise UsageError(
                     f"the features in {self.folder} were made by the autoencoder {self.space.path} with {field} "
                     f"{ours[field]}; --vae-path {space.path} has {theirs}"
@@ -343,6 +346,21 @@ def check_agreement(path: Path, manifest: "Manifest") -> None:
 def write_manifest(folder: Path, manifest: dict) -> None:
     """Put it in place, whole and with its own SHA-256. Raises OSError."""
     replace_json(folder / MANIFEST, manifest | {"sha256": digest_of(manifest)})
+
+
+def sums_of(moments: np.ndarray) -> np.ndarray:
+    """(n,2,2,C,h,w) moments -> (2,C) float64: sums of latents and of their squares, mirror images counted too."""
+    mean, std = moments.astype(np.float64).swapaxes(0, 2).reshape(2, -1, *moments.shape[3:])  # each (2n,C,h,w)
+    return np.stack([mean.sum(axis=(0, 2, 3)), (mean**2 + std**2).sum(axis=(0, 2, 3))])
+
+
+def statistics_of(sums: np.ndarray, count: int) -> dict:
+    """`sums_of` a data set with `count` values in each channel -> its `Measured`."""
+    mean, square = sums / count
+    return {
+        "latents_mean": mean.tolist(),
+        "latents_std": np.sqrt(np.maximum(square - mean**2, LEAST_VARIANCE)).tolist(),
+    }
 
 
 def damage(folder: Path, record: dict, read: bool = True) -> str | None:

@@ -24,7 +24,7 @@ import machine
 import objectives
 import profiling
 import text
-from autoencoders import add_root_arguments, load_space, space_info, vae_below
+from autoencoders import Measured, add_space_arguments, load_space, read_statistics, space_info, vae_below
 from caption_features import StoredTexts
 from captions import open_captioned, open_captioned_features, stored_texts
 from cli import (
@@ -86,7 +86,7 @@ def add_training_arguments(parser: Parser) -> None:
     group.add_argument("--data-path", type=Path, help="folder with one folder of images per class")
     group.add_argument("--feature-path", type=Path, help="extracted latents (or fast-DiT's), in place of --data-path")
     group.add_argument("--vae-path", "--vae", default="mse", help="autoencoder: folder, hub name, mse, ema, or none")
-    add_root_arguments(group)
+    add_space_arguments(group)
     group.add_argument("--image-size", type=positive_int, default=256, help="side of the images, in pixels")
     group.add_argument("--background", default=Reading.background, help="colour under transparency: white, #rrggbb")
     group.add_argument("--num-workers", type=natural_int, default=4, help="processes that load data; 0: none")
@@ -285,7 +285,8 @@ NEEDS = (  # besides those of objectives.py
 # Flags that may differ when a run is resumed: they do not shape the loss curve.
 RUN_CONTROL = {
     *("image_size", "background"),  # the model's input size and the data's fingerprint tell
-    *("data_path", "feature_path", "vae_path", "num_workers", "epochs", "max_steps", "device", "local_rank", "timeout"),
+    *("data_path", "feature_path", "vae_path", "latent_stats", "num_workers", "epochs", "max_steps"),
+    *("device", "local_rank", "timeout"),
     *("dim_heads", "load_base_shapes", "root"),  # the model says the first two
     "dead_after",
     *("tokenizer_path", "text_encoder", "max_text_tokens"),  # the record of the encoder tells
@@ -298,7 +299,9 @@ RUN_CONTROL = {
 }
 
 # Flags that may differ among the processes: each machine may have its own copy of the data.
-OF_A_MACHINE = {"data_path", "feature_path", "vae_path", "root", "num_workers", "local_rank", "results_dir"}
+OF_A_MACHINE = {
+    *("data_path", "feature_path", "vae_path", "latent_stats", "root", "num_workers", "local_rank", "results_dir")
+}
 
 # ------------------------------------------------------------------------------------------------------------------ run
 
@@ -717,10 +720,11 @@ def open_data(args, resumed: "Resumed | None", encoder: text.TextEncoder | None)
 
     Sets the flags that features answer: `image_size`, and `vae_path` where shards of moments name their own.
     """
+    statistics = read_statistics(args.latent_stats)
     if args.feature_path is None:
         recorded = resumed is None or "background" in args.given or "reading" in resumed.config.get("data", {})
         reading = Reading(args.background) if recorded else AS_BEFORE
-        facts = space_info(args.vae_path)
+        facts = space_info(args.vae_path, statistics)
         settings = (args.image_size, facts, args.global_seed, args.flip, reading)
         if encoder is None:
             data = ImageData(args.data_path, *settings)
@@ -728,23 +732,25 @@ def open_data(args, resumed: "Resumed | None", encoder: text.TextEncoder | None)
             data = open_captioned(args.data_path, *settings, encoded=args.text_encoder is not None)
         if not recorded:
             data.notes.append("transparency and EXIF rotation are ignored, as when this run began")
-        space = load_space(args.vae_path)
+        space = load_space(args.vae_path, statistics)
         return data, space, space.record()
 
     size, draws = args.image_size if "image_size" in args.given else None, _draws_images(args)
     if encoder is None:
         images = data = open_features(args.feature_path, size, args.global_seed, args.flip)
     else:
-        settings = (size, args.vae_path, args.global_seed, args.flip)
+        settings = (size, args.vae_path, args.global_seed, args.flip, statistics)
         data = open_captioned_features(args.feature_path, *settings, encoded=args.text_encoder is not None)
         images = data.images
     args.image_size = data.image_size
     if not isinstance(images, LatentShards):
-        space = load_space(args.vae_path) if draws else None
+        space = load_space(args.vae_path, statistics) if draws else None
         return data, space, {"path": args.vae_path} if space is None else space.record()
     if not (draws and "vae_path" in args.given):
         args.vae_path = images.space.path
-    space = load_space(args.vae_path) if draws else None
+    if statistics is not None:
+        images.space.standardised(statistics)
+    space = load_space(args.vae_path, statistics) if draws else None
     if space is not None:
         images.compare_with(space)
     return data, space, images.space_record()
@@ -835,7 +841,10 @@ def compare_with_checkpoint(run: Run, resumed: Resumed) -> None:
     for part, was in recorded.items():
         # Of networks what was recorded is compared; they may have moved.
         now = run.record.get(part, {})
-        keys = set(was) - {"path", *(("name",) if "sha256" in was else ())} if part in ("space", "text") else set(now)
+        keys = set(now)
+        if part in ("space", "text"):
+            keys = set(was) - {"path", *(("name",) if "sha256" in was else ())}
+            keys |= Measured.__annotations__.keys() & now.keys()
         pairs |= {f"{part} {key}": (was.get(key), now.get(key)) for key in keys}
     for key in (flags_before.keys() & flags_now.keys()) - RUN_CONTROL - MODEL_FLAGS.keys():  # the model says those
         pairs[f"--{key}"] = flags_before[key], flags_now[key]

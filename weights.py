@@ -3,6 +3,7 @@
 python weights.py inspect dit_moe_s_8E2A.pt                 # what it holds, read off its headers
 python weights.py inspect results/000-DiT-S-2-8E2A-rf --norms
 python weights.py export results/000-DiT-S-2-8E2A-rf --output dit_moe_s.safetensors --dtype fp16
+python weights.py export results/000-DiT-S-2-8E2A-rf --to diffusers pipeline   # a folder that diffusers runs
 python weights.py ema results/000-DiT-S-2-8E2A-rf --length 0.1 --output averaged.safetensors
 """
 
@@ -10,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,13 +20,17 @@ from safetensors.torch import save_file
 
 import checkpoint
 import cli
+import diffusers_dit
+import hub
+from autoencoders import SpaceInfo, add_space_arguments, read_statistics, space_info, vae_below
 from cli import UsageError, number_in, positive_int
 from configuration import unseen
+from diffusers_folder import Exported, check_theirs, difference, write_ours, write_theirs
 from diffusion import objective_from_config
 from families import family_for, to_published
 from files import replace_json
 from models import DiT, count_parameters
-from objectives import in_words
+from objectives import NEEDS, SETTINGS, add_objective_arguments, check_against, choose_objective, in_words
 from post_hoc_ema import LENGTHS, reconstruct
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,11 +42,22 @@ def get_parser() -> cli.Parser:
     inspect = commands.add_parser("inspect", help="a table of what a file holds, without loading it whole")
     parser.add_switch(inspect, "--norms", False, "the norm of each expert's weights (reads the experts)")
     export = commands.add_parser("export", help="write the published names, as .safetensors or .pt")
+    export.add_argument("--output", type=Path, help="a .safetensors or .pt file, or (Large-DiT) a folder")
     export.add_argument(
-        "--output", type=Path, required=True, help="a .safetensors or .pt file, or (Large-DiT) a folder"
+        "--to",
+        nargs=2,
+        metavar=("KIND", "FOLDER"),
+        help="in place of --output a pipeline: diffusers (draws as sample.py does) or DiTPipeline (their own)",
     )
+    export.add_argument("--from", dest="origin", choices=("diffusers",), help="refuse weights of any other origin")
     export.add_argument("--dtype", choices=DTYPES, help="default: as it is")
     parser.add_switch(export, "--flash-names", None, "Wqkv and out_proj; default: where there is QK-norm, as published")
+    group = export.add_argument_group("pipelines")
+    group.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it there, when it is written")
+    parser.add_switch(group, "--private", False, "to a repository that others do not see")
+    group.add_argument("--vae-path", "--vae", help="autoencoder, of a file that does not tell it")
+    add_space_arguments(group)
+    add_objective_arguments(parser, group, training=False)
     average = commands.add_parser("ema", help="the average of any length, of a run with --post-hoc-ema")
     average.add_argument("ckpt", type=Path, help="run folder")
     average.add_argument("--length", type=number_in(*LENGTHS), required=True, help="0.05 is short, 0.2 long")
@@ -64,15 +81,24 @@ def main(args) -> None:
         export(weights, args.output, None, None)
         print(f"{args.output}: length {args.length:g} at step {int(newest.name)}")
         return
+    if args.command == "export":
+        check_export(args)
     known = {"num_heads": args.num_heads} if args.num_heads else {}
     weights = checkpoint.load_weights(args.ckpt, "ema" if args.use_ema else "model", **known)
     if args.command == "inspect":
         print("\n".join(describe(weights, args.norms)))
+        return
+    output = args.output
+    if args.to is not None:
+        output = Path(args.to[1])
+        export_pipeline(args, weights, output)
     else:
-        export(weights, args.output, args.dtype, args.flash_names, "ema" if args.use_ema else "model")
-        written = args.output.rglob("*") if args.output.is_dir() else [args.output]
-        size = sum(path.stat().st_size for path in written)
-        print(f"{args.output}: {size / 1e9:.3f} GB, {checkpoint.describe(weights.config)}")
+        export(weights, output, args.dtype, args.flash_names, "ema" if args.use_ema else "model")
+    written = output.rglob("*") if output.is_dir() else [output]
+    size = sum(path.stat().st_size for path in written)
+    print(f"{output}: {size / 1e9:.3f} GB, {checkpoint.describe(weights.config)}")
+    if args.push_to_hub is not None:
+        print(f"{output} is at {hub.push(output, args.push_to_hub, args.private)}")
 
 
 def describe(weights: checkpoint.Weights, norms: bool) -> list[str]:
@@ -133,9 +159,7 @@ def export(
         for name, tensor in to_published(weights.state_dict, flash_names, weights.config).items()
     }
     metadata = None if weights.record is None else {checkpoint.DESCRIPTION: json.dumps(weights.record)}
-    unfinished = output.with_name(f"{output.name}.unfinished")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(output) as unfinished:
         if not output.suffix:
             unfinished.mkdir()
             write_folder(unfinished, which, tensors, weights.config, weights.record or {})
@@ -145,6 +169,15 @@ def export(
             save_file(tensors, unfinished, metadata)
         if beside is not None:
             replace_json(beside, weights.record)
+
+
+@contextlib.contextmanager
+def appearing(output: Path) -> Iterator[Path]:
+    """Where to write what becomes `output` when it is complete; what fails leaves nothing. Raises UsageError."""
+    unfinished = output.with_name(f"{output.name}.unfinished")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
         unfinished.rename(output)
     except (OSError, RuntimeError, SafetensorError, UsageError) as error:
         with contextlib.suppress(OSError):
@@ -152,6 +185,86 @@ def export(
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"{output} cannot be written: {error}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------- pipelines
+
+PIPELINES = {"diffusers": write_ours, "DiTPipeline": write_theirs}
+ONLY_PIPELINES = cli.Need(
+    ("push_to_hub", "private", "vae_path", "latent_stats", "root", "local_diffusers_model_root", "rf", *SETTINGS),
+    lambda args: args.to is not None,
+    "--to diffusers FOLDER",
+)
+
+
+def check_export(args) -> None:
+    """What can be said before weights are read. Raises UsageError."""
+    if (args.output is None) == (args.to is None):
+        raise UsageError("export needs one of --output FILE and --to diffusers FOLDER")
+    cli.check_needs(args, (ONLY_PIPELINES, *NEEDS))
+    if args.to is not None:
+        kind, folder = args.to
+        if kind not in PIPELINES:
+            raise cli.unknown_name("kind of --to", kind, PIPELINES)
+        if args.flash_names is not None:
+            raise UsageError("--flash-names are of files: drop it, or give --output")
+        if Path(folder).exists():
+            raise UsageError(f"{folder} exists; name another folder")
+    if args.push_to_hub is not None:
+        hub.check_push(args.push_to_hub)
+    if args.origin is not None:
+        path = Path(args.ckpt)
+        family, _ = (checkpoint.find_published_folder(path) if path.is_dir() else None) or (None, None)
+        if family is not diffusers_dit:
+            raise UsageError(f"--from {args.origin}: {path} is no folder of a DiTTransformer2DModel or of its pipeline")
+
+
+def export_pipeline(args, weights: checkpoint.Weights, folder: Path) -> None:
+    """Write a folder that `diffusers` runs, with its model card.
+
+    Raises:
+        UsageError: flags contradict the file; the autoencoder is another one, or cannot be found; no such pipeline.
+    """
+    if weights.record is not None:
+        check_against(args, weights.objective, weights.source)
+    objective, record = choose_objective(args, weights.objective), weights.record or {}
+    exported = Exported(weights.build(), objective, choose_space(args, weights), record)
+    if weights.config.caption_width and "text" not in record:
+        raise UsageError(f"{weights.source} reads texts and does not tell with which encoder: no pipeline of it")
+    kind = args.to[0]
+    if kind == "DiTPipeline":
+        check_theirs(exported)
+    import model_card  # which knows the trainers' flags, as nothing else here does
+
+    with appearing(folder) as unfinished:
+        unfinished.mkdir()
+        PIPELINES[kind](unfinished, exported, DTYPES.get(args.dtype))
+        name = args.push_to_hub or folder.name
+        model_card.write(unfinished / "README.md", name, exported, weights.source, ours=kind == "diffusers")
+        if kind == "DiTPipeline":
+            differs = difference(unfinished, exported)
+            print(
+                f"DiTPipeline computes with other frequencies of time (10000^(-k/127), trained with 10000^(-k/128)): "
+                f"the network's answers differ by {differs:.2%} of their size; --to diffusers writes the same function"
+            )
+
+
+def choose_space(args, weights: checkpoint.Weights) -> SpaceInfo:
+    """The autoencoder of a pipeline: as recorded, or `--vae-path`, or the usual one. Raises UsageError."""
+    recorded = (weights.record or {}).get("space", {})
+    usual = "none" if weights.config.in_channels == 3 else "mse"
+    is_whole = {"path", "channels", "downsample", "scaling_factor"} <= recorded.keys()
+    if is_whole and args.vae_path is None and recorded["path"] != "none":
+        space = SpaceInfo.recorded(recorded)
+    else:
+        path = vae_below(args, args.vae_path or recorded.get("path") or usual)
+        space = space_info(path, read_statistics(args.latent_stats))
+    if space.channels != weights.config.in_channels:
+        raise UsageError(f"{space.path} has {space.channels} channels, the network {weights.config.in_channels}")
+    for name, value in space.record().items():
+        if name != "path" and recorded.get(name, value) != value:
+            raise UsageError(f"--vae-path {space.path} has {name} {value}, {weights.source} {recorded[name]}")
+    return space
 
 
 if __name__ == "__main__":

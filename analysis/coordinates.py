@@ -27,7 +27,7 @@ from torch.utils.data import default_collate
 import base_shapes
 import cli
 import distributed
-from autoencoders import add_root_arguments, load_space, space_info, vae_below
+from autoencoders import add_space_arguments, load_space, read_statistics, vae_below
 from configuration import DiTConfig, add_model_arguments, config_said
 from data import ImageData, require_folder
 from diffusion import NoisedBatch
@@ -54,7 +54,7 @@ def get_parser() -> cli.Parser:
     group.add_argument("--data", choices=("synthetic",), default="synthetic", help="noise, unless --data-path is given")
     group.add_argument("--data-path", type=Path, help="folder with one folder of images per class")
     group.add_argument("--vae-path", "--vae", default="mse", help="autoencoder: folder, hub name, mse, ema, or none")
-    add_root_arguments(group)
+    add_space_arguments(group)
     group.add_argument("--image-size", type=cli.positive_int, default=256, help="side of the images, in pixels")
     group.add_argument("--batch-size", type=cli.positive_int, default=4, help="images of each seed")
 
@@ -134,8 +134,8 @@ def open_data(args, config: DiTConfig, device: torch.device) -> tuple[MakeBatch,
     else:
         require_folder(args.data_path, "data path")
         vae_path = vae_below(args, args.vae_path)
-        facts, space = space_info(vae_path), load_space(vae_path).to(device)
-        data = ImageData(args.data_path, args.image_size, facts, args.seed, flip=False)
+        space = load_space(vae_path, read_statistics(args.latent_stats)).to(device)
+        data = ImageData(args.data_path, args.image_size, space, args.seed, flip=False)
         channels, side, _ = data.latent_shape
         config = replace(config, input_size=side, in_channels=channels, num_classes=data.num_classes)
 

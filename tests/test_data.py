@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 import autoencoders
 import data
-from autoencoders import LatentVAE, PixelSpace, SpaceInfo
+from autoencoders import PixelSpace, SpaceInfo
 from benchmarks.data import write_shards
 from cli import UsageError
 from data import AS_BEFORE, BatchSchedule, ImageData, Reading, UnreadableImages
@@ -1002,7 +1002,7 @@ def test_broken_weights(vae_copy, damage, words):
     else:
         save_file(state, weights)
     with pytest.raises(UsageError, match=words) as caught:
-        LatentVAE(str(vae_copy))
+        autoencoders.load_space(str(vae_copy))
     assert "\n" not in str(caught.value)
 
 
