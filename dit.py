@@ -12,6 +12,7 @@ SIZES = {  # depth, hidden size, heads
     "XL": (28, 1152, 16),
     "G": (40, 1408, 16),
 }
+PATCHES = {"Nano": (1, 2), "G": (2,)}  # where not all; 1 is for deep latents, a 16th of an image's side or less
 
 
 def size_of(name: str) -> dict:
@@ -22,7 +23,7 @@ def size_of(name: str) -> dict:
 ROWS = {
     f"DiT-{size}/{patch}": size_of(size) | {"patch_size": patch}
     for size in SIZES
-    for patch in ((2,) if size in ("Nano", "G") else (1, 2, 4, 8))  # 1: of latents whose side is a 16th or less
+    for patch in PATCHES.get(size, (1, 2, 4, 8))
 }
 ROWS |= {  # DiT-muP (arXiv 2505.15270): heads of 72, trained under muP
     f"DiT-muP-{heads}h/2": dict(

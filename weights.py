@@ -195,13 +195,14 @@ ONLY_PIPELINES = cli.Need(
     lambda args: args.to is not None,
     "--to diffusers FOLDER",
 )
+ONLY_UPLOADS = cli.Need(("private",), lambda args: args.push_to_hub is not None, "--push-to-hub OWNER/NAME")
 
 
 def check_export(args) -> None:
     """What can be said before weights are read. Raises UsageError."""
     if (args.output is None) == (args.to is None):
         raise UsageError("export needs one of --output FILE and --to diffusers FOLDER")
-    cli.check_needs(args, (ONLY_PIPELINES, *NEEDS))
+    cli.check_needs(args, (ONLY_PIPELINES, ONLY_UPLOADS, *NEEDS))
     if args.to is not None:
         kind, folder = args.to
         if kind not in PIPELINES:
