@@ -30,6 +30,7 @@ class SparseDiTPipeline(DiffusionPipeline):
         guidance_channels=None,
         guidance_interval=(0.0, 1.0),
         negative_prompt=None,
+        text_encoder=None,
         batch_size=32,
         output_type="pil",
         return_dict=True,
@@ -42,6 +43,7 @@ class SparseDiTPipeline(DiffusionPipeline):
                 any batch.
             num_inference_steps, sampler: as of sample.py; None: those that are usual for the objective.
             guidance_channels: a number, or "all"; None: as many as is usual for the objective.
+            text_encoder: where the text encoder lies, if not where it lay in training: a folder or a hub name.
             output_type: "pil", "np" (N, H, W, 3) in [0, 1], or "pt" (N, 3, H, W) in [0, 1].
         """
         model, objective = self.transformer, self.scheduler.objective
@@ -58,7 +60,7 @@ class SparseDiTPipeline(DiffusionPipeline):
             tuple(guidance_interval),
             seed,
         )
-        kind, asked = self._asked(class_labels, prompt, negative_prompt)
+        kind, asked = self._asked(class_labels, prompt, negative_prompt, text_encoder)
         sampling.check_settings(model.network.config, objective, settings)
         batches = sampling.generate(
             Network(model, self._execution_device),
@@ -79,7 +81,7 @@ class SparseDiTPipeline(DiffusionPipeline):
             images = images.numpy() if output_type == "np" else images.permute(0, 3, 1, 2)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _asked(self, class_labels, prompt, negative_prompt):
+    def _asked(self, class_labels, prompt, negative_prompt, text_encoder):
         """The kind of condition, and what `generate` takes for each image. Raises ValueError."""
         description = self.transformer.config.description
         kind, data = self.transformer.network.config.condition, description.get("data", {})
@@ -92,7 +94,8 @@ class SparseDiTPipeline(DiffusionPipeline):
         if prompt is None or class_labels is not None:
             raise ValueError("this network draws from texts: prompt, and no class_labels")
         if self._encoder is None:
-            self._encoder = self.transformer.module("text").open_encoder(**description["text"])
+            place = {} if text_encoder is None else {"name": text_encoder}
+            self._encoder = self.transformer.module("text").open_encoder(**description["text"] | place)
         kind = replace(kind, encode=self._encoder.to(self._execution_device))
         if negative_prompt is not None:
             kind = replace(kind, nothing=negative_prompt)

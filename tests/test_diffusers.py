@@ -31,8 +31,8 @@ MODELS = {  # model, what its checkpoint says besides, what is asked of sample.p
         (["--class-labels", "0", "b"], {"class_labels": [0, "b"]}),
     ),
     "dense": (
-        lambda: tiny(num_experts=0),
-        {"objective": {"name": "ddpm", "prediction": "v"}},
+        lambda: tiny(num_experts=0, in_channels=3),  # of pixels
+        {"objective": {"name": "ddpm", "prediction": "v"}, "space": autoencoders.PixelSpace().record()},
         (["--class-labels", 1, 2], {"class_labels": [1, 2]}),
     ),
     "large": (
@@ -72,8 +72,8 @@ def random(model):
 
 
 def save(folder, model, vae, objective, **more):
-    space = autoencoders.space_info(str(vae)).record()
-    record = {"format": 1, "model": model.config.to_dict(), "objective": objective, "space": space, "step": 1, **more}
+    facts = {"space": autoencoders.space_info(str(vae)).record(), "step": 1, **more}
+    record = {"format": 1, "model": model.config.to_dict(), "objective": objective, **facts}
     tensors = {"ema": dict(model.state_dict())}
     checkpoint.save(folder / "checkpoints" / "0000001", tensors, {"config": record})
     return folder
@@ -118,7 +118,7 @@ def test_a_pipeline_draws_the_images_of_sample_py(root, tmp_path, name):
     drawn = np.load(tmp_path / "samples.npz")["arr_0"]
     with np.load(root / "isolated.npz") as isolated:
         found = isolated[name] * 255
-    assert drawn.shape == (2, 16, 16, 3) and drawn.std() > 10
+    assert drawn.shape == ((2, 8, 8, 3) if name == "dense" else (2, 16, 16, 3)) and drawn.std() > 10
     assert np.abs(found - drawn).max() < 0.01
 
 
@@ -128,10 +128,24 @@ def test_a_pipeline_is_read_as_the_checkpoint_it_was(root, name):
     for folder in (root / f"{name}-pipeline", root / f"{name}-pipeline" / "transformer"):
         found, before = checkpoint.load_weights(folder), checkpoint.load_weights(root / name)
         assert found.config == before.config and found.objective.items() >= before.objective.items()
-        assert found.record["space"]["path"] == str(root / f"{name}-pipeline" / "vae")
+        place = "none" if name == "dense" else str(root / f"{name}-pipeline" / "vae")
+        assert found.record["space"]["path"] == place
         assert found.record.get("text") == before.record.get("text")
         assert found.condition.names == before.condition.names if name != "texts" else True
         assert all(torch.equal(found.state_dict[key], tensor) for key, tensor in before.state_dict.items())
+
+
+def test_an_autoencoder_of_the_hub_stays_a_name(tmp_path, monkeypatch, capsys):
+    space = {"path": "owner/vae", "channels": 4, "downsample": 8, "scaling_factor": 0.5, "kind": "AutoencoderTiny"}
+    record = {"format": 1, "model": tiny().config.to_dict(), "objective": {"name": "rf"}, "space": space, "step": 1}
+    checkpoint.save(tmp_path / "1", {"ema": dict(tiny().state_dict())}, {"config": record})
+    call(
+        monkeypatch, capsys, weights, "export", tmp_path / "1", "--to", "diffusers", tmp_path / "out", "--dtype", "bf16"
+    )
+    assert read_json(tmp_path / "out", "model_index")["vae"] == [None, None] and not (tmp_path / "out" / "vae").exists()
+    found = checkpoint.load_weights(tmp_path / "out")
+    assert found.record["space"] == space | {"shift_factor": 0.0} and found.record["image_size"] == 64
+    assert {tensor.dtype for tensor in found.meta.values()} == {torch.bfloat16}
 
 
 def test_modules_that_stand_alone_are_all_there_and_relative(tmp_path):
