@@ -135,6 +135,9 @@ class PixelSpace(SpaceInfo):
     def to(self, device) -> "PixelSpace":
         return self
 
+    def standardised(self, statistics: Statistics) -> None:
+        raise UsageError("--latent-stats are of an autoencoder's latents; --vae-path none has pixels")
+
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         return x
 
@@ -263,6 +266,28 @@ def read_statistics(path: str | Path | None) -> Statistics | None:
     return Statistics.of(record)
 
 
+def settle_statistics(space: SpaceInfo, measured: Statistics | None, recorded: Mapping, source: object) -> None:
+    """Give an autoencoder the statistics of `--latent-stats`, or those that a network was trained with.
+
+    Args:
+        recorded: `SpaceInfo.record` of the training, or as much of it as `source` tells.
+
+    Raises:
+        UsageError: two of flag, record and autoencoder contradict each other, or the number of channels does.
+    """
+    was = Statistics.of(recorded)
+    if "scaling_factor" in recorded and measured not in (None, was):
+        other = "other ones" if was else f"scaling_factor {recorded['scaling_factor']}"
+        raise UsageError(f"--latent-stats contradict {source}, which was trained with {other}; drop the flag")
+    if "scaling_factor" in recorded and space.statistics not in (None, was):
+        raise UsageError(
+            f"--vae-path {space.path} has other statistics of its channels than {source} was trained with: give the "
+            f"autoencoder of its training"
+        )
+    if (measured := measured or was) not in (None, space.statistics):
+        space.standardised(measured)
+
+
 def load_space(vae_path: str, statistics: Statistics | None = None) -> PixelSpace | LatentVAE:
     """The autoencoder of `--vae-path`, on the CPU; `statistics` as in `space_info`."""
     facts = space_info(vae_path, statistics)
@@ -318,9 +343,10 @@ def space_info(vae_path: str, statistics: Statistics | None = None) -> SpaceInfo
         UsageError: `vae_path` is anything else, or a hub name that is neither cached nor reachable.
     """
     if vae_path == "none":
+        space = PixelSpace()
         if statistics is not None:
-            raise UsageError("--latent-stats are of an autoencoder's latents; --vae-path none has pixels")
-        return PixelSpace()
+            space.standardised(statistics)
+        return space
     name = place_of(vae_path, VAE_NAMES, "autoencoder")
     config_file = _vae_file(name, "config.json")
     config = read_record(Path(config_file), AutoencoderConfig)

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,14 +39,22 @@ NULL = 1000  # the label that DiTPipeline takes for no class, whatever the netwo
 class Exported:
     """A model with all that a pipeline needs to know."""
 
-    model: DiT
+    weights: checkpoint.Weights
     objective: object
     space: SpaceInfo
-    record: Mapping  # `checkpoint.Description`, or as much of it as is known
+
+    @cached_property
+    def model(self) -> DiT:
+        return self.weights.build()
 
     @property
     def config(self) -> DiTConfig:
-        return self.model.config
+        return self.weights.config
+
+    @property
+    def record(self) -> Mapping:
+        """`checkpoint.Description`, or as much of it as is known."""
+        return self.weights.record or {}
 
     @property
     def description(self) -> dict:

@@ -17,15 +17,15 @@ from objectives import in_words
 UNSAID = runs.OF_A_MACHINE  # flags whose values are of the machine that trained
 
 
-def write(path: Path, name: str, exported: Exported, source: Path, ours: bool) -> None:
+def write(path: Path, name: str, exported: Exported, ours: bool) -> None:
     """README.md of a pipeline: facts, a row each, how to draw images, and how it was trained.
 
     Args:
         name: of the repository or folder.
-        source: where the weights come from; the run of a checkpoint tells its metrics and its command.
+        exported: where its weights are a checkpoint's, the run tells its metrics and its command.
         ours: whether the pipeline is of ours, and not `DiTPipeline`.
     """
-    run, texts = run_of(source), exported.config.caption_width > 0
+    run, texts = run_of(exported.weights.source), exported.config.caption_width > 0
     kind = "text-to-image" if texts else "unconditional-image-generation"
     head = {"library_name": "diffusers", "pipeline_tag": kind, "tags": ["diffusion-transformer"]}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", ""]
@@ -53,7 +53,7 @@ def facts_of(exported: Exported) -> dict[str, object]:
         "images": f"{config.input_size * space.downsample} pixels",
         "autoencoder": f"{exported.description['space']['path']} ({space.kind})",
     }
-    facts |= {"text encoder": record["text"]["name"]} if "text" in record else {}
+    facts |= {"text encoder": Path(record["text"]["name"]).name} if "text" in record else {}
     facts |= {name: record[name] for name in ("step", "ema_decay") if name in record}
     samples = record.get("data", {}).get("samples")
     return facts | ({} if samples is None else {"training images": f"{samples:,}"})

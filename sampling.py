@@ -22,7 +22,15 @@ import base_shapes
 import checkpoint
 import cli
 import text
-from autoencoders import SpaceInfo, Statistics, add_space_arguments, load_space, read_statistics, space_info, vae_below
+from autoencoders import (
+    SpaceInfo,
+    add_space_arguments,
+    load_space,
+    read_statistics,
+    settle_statistics,
+    space_info,
+    vae_below,
+)
 from cli import Need, Parser, RunStopped, UsageError, check_needs, natural_int, number_in, only, positive_int, warn_once
 from compiling import choose_compile
 from conditions import CHOICES, Captions, Classes
@@ -624,23 +632,13 @@ def _choose_space(args, weights: checkpoint.Weights) -> SpaceInfo:
     # Three channels are the colours of pixel space; the published networks work on Stable Diffusion's four.
     usual = "none" if weights.config.in_channels == 3 else "mse"
     vae_path = vae_below(args, args.vae_path or recorded.get("path") or usual)
-    measured, was = read_statistics(args.latent_stats), Statistics.of(recorded)
-    if measured is not None and "scaling_factor" in recorded and measured != was:
-        says = "trained with others" if was else f"trained with scaling_factor {recorded['scaling_factor']}"
-        raise UsageError(f"--latent-stats {args.latent_stats} contradict {weights.source}, {says}; drop the flag")
-    space = load_space(vae_path)
+    measured, space = read_statistics(args.latent_stats), load_space(vae_path)
     if space.channels != weights.config.in_channels:
         raise UsageError(
             f"--vae-path {vae_path} has {space.channels} channels, the network {weights.config.in_channels}: "
             f"another autoencoder, or none for pixel space"
         )
-    if "scaling_factor" in recorded and space.statistics not in (None, was):
-        raise UsageError(
-            f"--vae-path {vae_path} has other statistics of its channels than {weights.source} was trained with: "
-            f"give the autoencoder of its training"
-        )
-    if (measured := measured or was) is not None and measured != space.statistics:
-        space.standardised(measured)
+    settle_statistics(space, measured, recorded, weights.source)
     for field in ("scaling_factor", "shift_factor"):
         said, was, own = getattr(args, f"vae_{field}"), recorded.get(field), getattr(space, field)
         flag = f"--vae-{field.replace('_', '-')}"

@@ -22,7 +22,7 @@ import checkpoint
 import cli
 import diffusers_dit
 import hub
-from autoencoders import SpaceInfo, add_space_arguments, read_statistics, space_info, vae_below
+from autoencoders import SpaceInfo, add_space_arguments, read_statistics, settle_statistics, space_info, vae_below
 from cli import UsageError, number_in, positive_int
 from configuration import unseen
 from diffusers_folder import Exported, check_theirs, difference, write_ours, write_theirs
@@ -228,9 +228,8 @@ def export_pipeline(args, weights: checkpoint.Weights, folder: Path) -> None:
     """
     if weights.record is not None:
         check_against(args, weights.objective, weights.source)
-    objective, record = choose_objective(args, weights.objective), weights.record or {}
-    exported = Exported(weights.build(), objective, choose_space(args, weights), record)
-    if weights.config.caption_width and "text" not in record:
+    exported = Exported(weights, choose_objective(args, weights.objective), choose_space(args, weights))
+    if weights.config.caption_width and "text" not in exported.record:
         raise UsageError(f"{weights.source} reads texts and does not tell with which encoder: no pipeline of it")
     kind = args.to[0]
     if kind == "DiTPipeline":
@@ -241,7 +240,7 @@ def export_pipeline(args, weights: checkpoint.Weights, folder: Path) -> None:
         unfinished.mkdir()
         PIPELINES[kind](unfinished, exported, DTYPES.get(args.dtype))
         name = args.push_to_hub or folder.name
-        model_card.write(unfinished / "README.md", name, exported, weights.source, ours=kind == "diffusers")
+        model_card.write(unfinished / "README.md", name, exported, ours=kind == "diffusers")
         if kind == "DiTPipeline":
             differs = difference(unfinished, exported)
             print(
@@ -254,14 +253,16 @@ def choose_space(args, weights: checkpoint.Weights) -> SpaceInfo:
     """The autoencoder of a pipeline: as recorded, or `--vae-path`, or the usual one. Raises UsageError."""
     recorded = (weights.record or {}).get("space", {})
     usual = "none" if weights.config.in_channels == 3 else "mse"
+    measured = read_statistics(args.latent_stats)
     is_whole = {"path", "channels", "downsample", "scaling_factor"} <= recorded.keys()
     if is_whole and args.vae_path is None and recorded["path"] != "none":
         space = SpaceInfo.recorded(recorded)
     else:
         path = vae_below(args, args.vae_path or recorded.get("path") or usual)
-        space = space_info(path, read_statistics(args.latent_stats))
+        space = space_info(path)
     if space.channels != weights.config.in_channels:
         raise UsageError(f"{space.path} has {space.channels} channels, the network {weights.config.in_channels}")
+    settle_statistics(space, measured, recorded, weights.source)
     for name, value in space.record().items():
         if name != "path" and recorded.get(name, value) != value:
             raise UsageError(f"--vae-path {space.path} has {name} {value}, {weights.source} {recorded[name]}")

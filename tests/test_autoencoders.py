@@ -145,7 +145,12 @@ def test_measured_statistics_from_extraction_to_images(tmp_path, capsys):
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"latents_mean": [0.0] * 8, "latents_std": [1.0] * 8}))
     line = refused(sample.main, sample.get_parser(), [*args, "--latent-stats", other], capsys)
-    assert "contradict" in line and "trained with others" in line
+    assert "--latent-stats contradict" in line and "trained with other ones" in line
+    (vae / "config.json").write_text(
+        json.dumps(json.loads((vae / "config.json").read_text()) | json.loads(other.read_text()))
+    )
+    line = refused(sample.main, sample.get_parser(), args, capsys)
+    assert "has other statistics of its channels" in line and "give the autoencoder of its training" in line
 
 
 def test_rows_of_patch_1():
