@@ -7,6 +7,7 @@ for a sharded state, which engines write beside it in formats of their own):
     model.safetensors       the weights under training
     ema.safetensors         their moving average, fp32
     optimizer.safetensors   `<parameter>.exp_avg` and so on
+    projector.safetensors   of runs with --repa: what only their training needs
     state.json              step, data position, averages of the log, the flags that shape the loss curve
     manifest.json           SHA-256 and size of every file above, and its own
 
@@ -87,6 +88,7 @@ class Description(TypedDict):
     step: NotRequired[Natural]
     data: NotRequired[Data]
     text: NotRequired[dict[str, Any]]  # the encoder of prompts, by `name` and its settings
+    alignment: NotRequired[dict[str, Any]]  # the encoder of images that it was trained with
 
 
 class Index(TypedDict):
@@ -98,6 +100,7 @@ class Index(TypedDict):
 class Window(TypedDict):
     steps: Natural
     sums: dict[str, float]
+    times: NotRequired[dict[str, Natural]]  # steps that each sum is of; left out: all
     counts: list[list[float]]
 
 

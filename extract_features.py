@@ -5,12 +5,13 @@ torchrun --nproc_per_node=8 extract_features.py --data-path captioned --text-enc
 python train.py --feature-path features ...
 
 N images of a batch, n of a shard, C latent channels, h w latent height and width
+T places of a feature of width F, with --repa
 
 latents.py says what is written: for every image and its mirror image the mean and standard deviation of the posterior.
 A shard is a stretch of the data set, cut into batches of its own, so its bytes do not depend on how many processes
 there are. It is written beside and renamed when whole, and then described in a file of its own: what a killed run has
 finished is kept. The manifest comes last, when every file has been read back. Features of captions, with
-`--text-encoder`, are written shard by shard likewise.
+`--text-encoder`, and of images, with `--repa`, are written shard by shard likewise.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -53,12 +55,14 @@ from latents import (
     damage,
     npy_header,
     read_manifest,
+    representation_path,
     shard_path,
     statistics_of,
     sums_of,
     write_manifest,
 )
 from records import BadRecord, read_record
+from representation import Encoder
 
 DTYPES = {"fp16": "float16", "fp32": "float32"}
 MAX_SHARDS = 512  # training keeps every shard mapped, which takes an open file each
@@ -85,6 +89,12 @@ def get_parser() -> cli.Parser:
     group = parser.add_argument_group("captions")
     text.add_encoder_arguments(group, "of images with captions")
     group.add_argument("--caption-dtype", choices=DTYPES_OF_CAPTIONS, default="fp16", help="of their features")
+
+    group = parser.add_argument_group("representation alignment (REPA)")
+    group.add_argument("--repa", metavar="ENCODER", help="write what training with --repa ENCODER aligns with, too")
+    group.add_argument(
+        "--repa-patch-size", type=positive_int, default=2, help="of the model: latents of a side in one of its tokens"
+    )
 
     group = parser.add_argument_group("features")
     group.add_argument(
@@ -143,10 +153,12 @@ class Job:
     complete: bool  # nothing is left to do
     captions: CaptionedSamples | None = None  # whose images `data` are
     encoder: text.TextEncoder | None = None
+    vision: Encoder | None = None
 
     def __post_init__(self):
         self.shard_size = self.settings["shard_size"]
         self.shape, self.dtype = tuple(self.settings["item_shape"]), np.dtype(self.settings["dtype"])
+        self.side = self.settings.get("representation", {}).get("side", 0)  # places in a row
         self.num_shards = -(-len(self.data) // self.shard_size)
         self.todo = [shard for shard in range(self.num_shards) if shard not in self.finished]
         self.mine = self.todo[self.processes.rank :: self.processes.world_size]
@@ -164,7 +176,7 @@ def prepare(args, processes: distributed.Processes) -> Job:
     Raises:
         UsageError: flags or images are wrong, or the folder holds something else.
     """
-    data, shard_size, space, captions, encoder = processes.together(lambda: open_inputs(args))
+    data, shard_size, space, captions, encoder, vision = processes.together(lambda: open_inputs(args))
     settings = {
         "format": FORMAT,
         "image_size": args.image_size,
@@ -182,6 +194,9 @@ def prepare(args, processes: distributed.Processes) -> Job:
         settings["text"] = {"width": encoder.width, "dtype": DTYPES_OF_CAPTIONS[args.caption_dtype]}
         settings["text_encoder"] = encoder.record()
         encoder.to(processes.device)
+    if vision is not None:
+        settings["representation"] = vision.record() | {"side": data.latent_shape[1] // args.repa_patch_size}
+        vision.to(processes.device)
     finished, complete = processes.on_main(lambda: open_folder(args.features_path, settings))
     if processes.is_main:
         print("".join(f"{note}\n" for note in data.notes), end="")
@@ -200,31 +215,43 @@ def prepare(args, processes: distributed.Processes) -> Job:
         complete,
         captions,
         encoder,
+        vision,
     )
 
 
 def open_inputs(args):
-    """The images, how many of them make a shard, the autoencoder; their captions and what encodes them, if any."""
+    """The images, how many of them make a shard, the autoencoder; their captions, what encodes these and what encodes
+    images, if any.
+    """
     if args.data_path is None:
         raise UsageError("--data-path is missing: the folder of images to encode")
     facts = space_info(args.vae_path)
     if not facts.samples_posterior:
         raise UsageError("--vae-path none has nothing to extract: train.py reads the images themselves")
     settings = {"seed": 0, "flip": False, "reading": Reading(args.background)}
+    cli.check_needs(args, NEEDS)
+    vision = None if args.repa is None else Encoder(args.repa)
     captions = encoder = None
     if args.text_encoder is None:
-        cli.check_needs(args, (NEEDS_ENCODER,))
         data = ImageData(args.data_path, args.image_size, facts, **settings)
     else:
         encoder = text.encoder_of(args)
         captions = open_captioned(args.data_path, args.image_size, facts, **settings)
         data = captions.images
-    at_most = MAX_SHARDS // (1 if captions is None else 2)
-    return data, choose_shard_size(args.shard_size, len(data), at_most), load_space(args.vae_path), captions, encoder
+    if data.latent_shape[1] % args.repa_patch_size:
+        raise UsageError(f"--repa-patch-size {args.repa_patch_size} does not divide latents of {data.latent_shape[1]}")
+    at_most = MAX_SHARDS // (1 + (captions is not None) + (vision is not None))
+    shard_size = choose_shard_size(args.shard_size, len(data), at_most)
+    return data, shard_size, load_space(args.vae_path), captions, encoder, vision
 
 
-NEEDS_ENCODER = cli.Need(
-    ("max_text_tokens", "caption_dtype", "tokenizer_path"), lambda args: args.text_encoder is not None, "--text-encoder"
+NEEDS = (
+    cli.Need(
+        ("max_text_tokens", "caption_dtype", "tokenizer_path"),
+        lambda args: args.text_encoder is not None,
+        "--text-encoder",
+    ),
+    cli.Need(("repa_patch_size",), lambda args: args.repa is not None, "--repa ENCODER"),
 )
 
 
@@ -278,14 +305,16 @@ def compare(folder: Path, before: dict, now: dict) -> None:
     def flat(settings: dict) -> dict:
         parts = {"": settings, "data ": settings["data"], "autoencoder ": settings["autoencoder"]}
         parts |= {"text ": settings.get("text", {}), "text encoder ": settings.get("text_encoder", {})}
+        parts["representation "] = settings.get("representation", {})
         return {f"{part}{key}": value for part, values in parts.items() for key, value in values.items()}
 
     was, now = flat(before), flat(now)
     ignored = {"data", "autoencoder", "autoencoder path", "text", "text_encoder", "captions"}
     ignored |= {"text encoder name"} if "text encoder sha256" in now else set()
+    ignored |= {"representation", "representation name"}
     ignored |= {"data class_names", "data reading"}  # the fingerprint covers both
     keys = [key for key in now if key not in ignored and was.get(key) != now[key]]
-    keys += [key for key in was if key.startswith("text ") and key not in now]
+    keys += [key for key in was if key.startswith(("text ", "representation ")) and key not in {*now, *ignored}]
     if different := [f"{key} was {str(was.get(key))[:20]}, is {str(now.get(key))[:20]}" for key in keys]:
         raise UsageError(
             f"--features-path {folder} holds features of other settings or images: {'; '.join(different)}. "
@@ -370,25 +399,25 @@ def extract(job: Job) -> None:
 
 def write_shard(job: Job, shard: int, batches: Iterator, dtype: torch.dtype, unreadable: UnreadableImages) -> None:
     """Encode a shard and write it, then what is to be known of it: a shard without a record is not finished."""
-    path, checksum = shard_path(job.folder, shard), hashlib.sha256()
-    plan = job.batches_of(shard)
+    path, plan = shard_path(job.folder, shard), job.batches_of(shard)
+    count = sum(map(len, plan))
     labels, replaced, sums = [], [], np.zeros((2, job.shape[2]))
-    with replacing(path) as file:
-
-        def write(content: bytes) -> None:
-            file.write(content)
-            checksum.update(content)
-
-        write(npy_header(job.dtype, (sum(map(len, plan)), *job.shape)))  # pieces fail on a full disk; a map would crash
+    with contextlib.ExitStack() as stack:
+        moments = stack.enter_context(Pieces.of(path, job.dtype, (count, *job.shape)))
+        if job.vision is not None:
+            shape = (count, 2, job.side**2, job.vision.width)
+            features = representation_path(job.folder, shard)
+            features = stack.enter_context(Pieces.of(features, np.dtype(np.float16), shape))
         for _ in plan:
             batch = next(batches)
             bad = [index for index in batch["unreadable"].tolist() if index >= 0]
             for name in unreadable.update(bad, job.data):
                 print(f"unreadable image, replaced by its successor: {name}", flush=True)
-            moments = encode(job, batch, dtype)
-            sums += sums_of(moments)
-            write(moments.tobytes())
-            file.flush()  # its size tells all processes how far this one is
+            encoded = encode(job, batch, dtype)
+            sums += sums_of(encoded)
+            moments.write(encoded)
+            if job.vision is not None:
+                features.write(represent(job, batch, dtype))
             labels += batch["label"].tolist()
             replaced += bad
             job.progress.report()
@@ -396,9 +425,7 @@ def write_shard(job: Job, shard: int, batches: Iterator, dtype: torch.dtype, unr
     if job.captions is not None:
         labels = [0] * len(found)
     record = {
-        "file": path.name,
-        "bytes": path.stat().st_size,
-        "sha256": checksum.hexdigest(),
+        **moments.record(),
         "labels": [[label, len(list(run))] for label, run in itertools.groupby(labels)],  # [label, how many in a row]
         "unreadable": [{"index": index, "name": os.fsdecode(job.data.names[index])} for index in replaced],
         "sums": sums.tolist(),
@@ -406,7 +433,37 @@ def write_shard(job: Job, shard: int, batches: Iterator, dtype: torch.dtype, unr
     if job.captions is not None:
         texts = [job.captions.texts.of_image(image) for image in found]
         record["captions"] = encode_captions(job, shard, texts)
+    if job.vision is not None:
+        record["representation"] = [features.record()]
     replace_json(record_path(job.folder, shard), record)
+
+
+class Pieces:
+    """An .npy file that grows batch by batch, and its checksum. Pieces fail on a full disk; a map would crash."""
+
+    def __init__(self, path: Path, file: BinaryIO):
+        self.path, self.file, self.checksum, self.bytes = path, file, hashlib.sha256(), 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator["Pieces"]:
+        """For an array of this shape; it becomes `path` when the block ends."""
+        with replacing(path) as file:
+            pieces = cls(path, file)
+            pieces._write(npy_header(dtype, shape))
+            yield pieces
+
+    def write(self, array: np.ndarray) -> None:
+        self._write(array.tobytes())
+        self.file.flush()  # its size tells all processes how far this one is
+
+    def _write(self, content: bytes) -> None:
+        self.file.write(content)
+        self.checksum.update(content)
+        self.bytes += len(content)
+
+    def record(self) -> dict:
+        return {"file": self.path.name, "bytes": self.bytes, "sha256": self.checksum.hexdigest()}
 
 
 def encode_captions(job: Job, shard: int, texts: list[list[str]]) -> list[dict]:
@@ -437,6 +494,16 @@ def encode(job: Job, batch: dict[str, Tensor], dtype: torch.dtype) -> np.ndarray
         name = job.data.name_of(batch["index"][~finite][0].item())
         raise RunStopped(f"the moments of {name} are not finite in {job.dtype}: --dtype fp32, or another autoencoder")
     return moments.cpu().numpy()
+
+
+def represent(job: Job, batch: dict[str, Tensor], dtype: torch.dtype) -> np.ndarray:
+    """(N,2,T,F) features of a batch and of its mirror images, in float16."""
+    x = to_unit_range(batch["pixels"].to(job.processes.device, non_blocking=True))  # (N,3,H,W)
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        features = torch.stack([job.vision(each, job.side) for each in (x, x.flip(-1))], dim=1).to(torch.float16)
+    if not features.isfinite().all():
+        raise RunStopped(f"features of {job.vision.place} are not finite in float16: another --repa ENCODER")
+    return features.cpu().numpy()
 
 
 class Progress:
@@ -565,7 +632,8 @@ def first_captions(job: Job, unreadable: set[int]) -> list[str]:
 def describe(job: Job) -> None:
     """The last line: what is there now."""
     if job.processes.is_main:
-        size = sum(record["bytes"] for record in job.finished.values()) / 1e9
+        kept = (each for r in job.finished.values() for each in (r, *r.get("representation", ())))
+        size = sum(each["bytes"] for each in kept) / 1e9
         bad = sum(len(record["unreadable"]) for record in job.finished.values())
         of = f"of {job.data.num_classes} classes"
         if job.captions is not None:

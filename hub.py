@@ -1,5 +1,6 @@
 """Networks of others, such as autoencoders and text encoders: a folder here, or a name of Hugging Face's hub."""
 
+import hashlib
 import os
 import textwrap
 from collections.abc import Iterable
@@ -74,6 +75,16 @@ def load_network(kind, folder: str, what: str, **options):
     if missing := info["missing_keys"]:
         raise UsageError(f"the weights of the {what} in {folder} lack {len(missing)} tensors, e.g. {min(missing)}")
     return network.eval().requires_grad_(False)
+
+
+def fingerprint(network) -> str:
+    """SHA-256 over names and some values of the weights, in bf16, which is what a GPU computes with."""
+    checksum = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        values = tensor.flatten()
+        values = values[:: max(1, len(values) // 64)].bfloat16().float().cpu()
+        checksum.update(f"{name} {tuple(tensor.shape)}".encode() + values.numpy().tobytes())
+    return checksum.hexdigest()
 
 
 def fetch(place: str, what: str) -> None:

@@ -9,6 +9,8 @@ A folder that extract_features.py has finished:
     shard-00000.npy   (n,2,2,C,h,w) of each image as it is and mirrored, of these the posterior's mean and standard
     ...               deviation
     captions-...      features of captions, where there are some: caption_features.py
+    representation-00000.npy    (n,2,T,F) float16 of the same images, the features of an encoder in each of T places,
+    ...                         which training may be aligned with: representation.py
 
 Moments are kept instead of a sample, so that every epoch draws its own latents, as it does from images. They stand in
 the autoencoder's own units: its deviations lie in [e^-15, e^10], which float16 holds, never as 0 and never as infinity
@@ -78,6 +80,7 @@ class Shard(File):
     unreadable: list[Unreadable]
     captions: NotRequired[list[File]]  # features, and where they end
     sums: NotRequired[Annotated[list[list[float]], Field(min_length=2, max_length=2)]]  # `sums_of` its latents
+    representation: NotRequired[list[File]]
 
 
 class Autoencoder(Measured):
@@ -96,6 +99,15 @@ class Images(TypedDict):
     class_names: list[Name]
 
 
+class Representation(TypedDict):
+    """Features of an encoder of images."""
+
+    name: Name
+    side: Positive  # places in a row, and in a column
+    width: Positive
+    sha256: str
+
+
 class Settings(TypedDict):
     """extraction.json: what shapes the features."""
 
@@ -108,6 +120,7 @@ class Settings(TypedDict):
     data: Images
     text: NotRequired[TextSettings]  # of features of captions
     text_encoder: NotRequired[dict]
+    representation: NotRequired[Representation]
     captions: NotRequired[list[Name]]  # the first ones
 
 
@@ -123,6 +136,10 @@ class Manifest(Settings):
 
 def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.npy"
+
+
+def representation_path(folder: Path, number: int) -> Path:
+    return folder / f"representation-{number:05d}.npy"
 
 
 def open_features(path: str | Path, image_size: int | None, seed: int, flip: bool) -> "LatentShards | LatentFiles":
@@ -146,7 +163,7 @@ def open_features(path: str | Path, image_size: int | None, seed: int, flip: boo
 
 class LatentShards(Samples):
     """Moments of images and mirrored images. Items are those of ImageData, but x holds the (C,h,w) latents that the
-    autoencoder would give for that image, flip and noise.
+    autoencoder would give for that image, flip and noise. With `reads_representation`, they have features (T,F), too.
 
     Batches are read whole (`__getitems__`); what is drawn for a sample is the same as one by one.
     """
@@ -174,11 +191,15 @@ class LatentShards(Samples):
         self.flip = flip
         self.shard_size = manifest["shard_size"]
         self.dtype = np.dtype(manifest["dtype"])
+        self._moments = MappedShards(self, shard_path, self.dtype, (2, *self.latent_shape))
+        self._representation, self.reads_representation = None, False
+        if stored := manifest.get("representation"):
+            shape = (stored["side"] ** 2, stored["width"])
+            self._representation = MappedShards(self, representation_path, np.dtype(np.float16), shape)
         self.unreadable = np.full(len(self), -1)
         replaced = [image["index"] for record in shards for image in record["unreadable"]]
         self.unreadable[replaced] = replaced
         self._fingerprint = manifest["sha256"]
-        self._shards: list[_MappedShard | None] = [None] * len(shards)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         return {name: values[0] for name, values in self.__getitems__([key]).items()}
@@ -192,6 +213,8 @@ class LatentShards(Samples):
         for row in np.flatnonzero(~_are_finite(moments)):
             moments[row], found[row] = self._next_finite(indices[row], mirrored[row])
         mean, std = moments.unbind(1)  # (N,C,h,w) each
+        if self.reads_representation:
+            drawn["features"] = self._representation.rows(found, mirrored)
         return {
             "x": self.space.latents(mean, std, drawn["vae_noise"]),
             "y": torch.from_numpy(self.labels[found]),
@@ -210,27 +233,7 @@ class LatentShards(Samples):
 
     def moments(self, indices: np.ndarray, mirrored: np.ndarray) -> Tensor:
         """(N,2,C,h,w) mean and standard deviation as stored, of the images or of their mirror images."""
-        moments = np.empty((len(indices), 2, *self.latent_shape), self.dtype)
-        rows = moments.reshape(len(indices), -1)
-        shards, places = np.divmod(indices, self.shard_size)
-        wanted = list(zip(map(self._shard, shards.tolist()), (2 * places + mirrored).tolist(), strict=True))
-        for shard, place in wanted:  # the disk fetches all while the first is copied
-            shard.read_ahead(place)
-        for row, (shard, place) in enumerate(wanted):  # gathered shard by shard, all would be copied twice
-            rows[row] = shard.rows[place]
-        return torch.from_numpy(moments)
-
-    def _shard(self, number: int) -> "_MappedShard":
-        """Mapped when it is first needed in this process."""
-        if self._shards[number] is None:
-            count = min(self.shard_size, len(self) - number * self.shard_size)
-            shape = (count, 2, 2, *self.latent_shape)
-            self._shards[number] = _MappedShard(shard_path(self.folder, number), self.dtype, shape)
-        return self._shards[number]
-
-    def __getstate__(self) -> dict:
-        """For workers that are spawned: they map the shards themselves; pickled maps would be read as a whole."""
-        return vars(self) | {"_shards": [None] * len(self._shards)}
+        return self._moments.rows(indices, mirrored)
 
     def compare_with(self, space: SpaceInfo) -> None:
         """Raises UsageError if `space`, which is to decode what is learned from these latents, is another."""
@@ -268,8 +271,40 @@ def _are_finite(latents: Tensor) -> np.ndarray:
     return latents.isfinite().flatten(1).all(dim=1).numpy()
 
 
+class MappedShards:
+    """Arrays (n,2,...) of the images of each shard and their mirror images, memory-mapped: of an item (2,`shape`)."""
+
+    def __init__(self, data: LatentShards, path_of, dtype: np.dtype, shape: tuple[int, ...]):
+        self.folder, self.path_of, self.dtype, self.shape = data.folder, path_of, dtype, shape
+        self.count, self.shard_size = len(data), data.shard_size
+        self._shards: list[_MappedShard | None] = [None] * -(-self.count // self.shard_size)
+
+    def rows(self, indices: np.ndarray, mirrored: np.ndarray) -> Tensor:
+        """(N, `shape`) as stored, of the images or of their mirror images."""
+        gathered = np.empty((len(indices), *self.shape), self.dtype)
+        rows = gathered.reshape(len(indices), -1)
+        shards, places = np.divmod(indices, self.shard_size)
+        wanted = list(zip(map(self._shard, shards.tolist()), (2 * places + mirrored).tolist(), strict=True))
+        for shard, place in wanted:  # the disk fetches all while the first is copied
+            shard.read_ahead(place)
+        for row, (shard, place) in enumerate(wanted):  # gathered shard by shard, all would be copied twice
+            rows[row] = shard.rows[place]
+        return torch.from_numpy(gathered)
+
+    def _shard(self, number: int) -> "_MappedShard":
+        """Mapped when it is first needed in this process."""
+        if self._shards[number] is None:
+            count = min(self.shard_size, self.count - number * self.shard_size)
+            self._shards[number] = _MappedShard(self.path_of(self.folder, number), self.dtype, (count, 2, *self.shape))
+        return self._shards[number]
+
+    def __getstate__(self) -> dict:
+        """For workers that are spawned: they map the shards themselves; pickled maps would be read as a whole."""
+        return vars(self) | {"_shards": [None] * len(self._shards)}
+
+
 class _MappedShard:
-    """A shard in memory as far as it has been read: `rows` (2n, 2*C*h*w)."""
+    """A shard in memory as far as it has been read: `rows` (2n, ...), flat."""
 
     def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...]):
         header = npy_header(dtype, shape)
@@ -366,9 +401,9 @@ def statistics_of(sums: np.ndarray, count: int) -> dict:
 def damage(folder: Path, record: dict, read: bool = True) -> str | None:
     """What is wrong with a file that a manifest names: nothing, or a line. Compares the size, and reads it if asked.
 
-    Of a shard its features of captions count too.
+    Of a shard its features of captions, and of an encoder of images, count too.
     """
-    for other in record.get("captions", ()):
+    for other in (*record.get("captions", ()), *record.get("representation", ())):
         if problem := damage(folder, other, read):
             return problem
     path, expected = folder / record["file"], record["bytes"]

@@ -175,7 +175,14 @@ class DiT(nn.Module):
         self.init_weights()
         self.register_load_state_dict_pre_hook(_accept_published_names)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor | tuple, return_routing: bool = False):
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Tensor | tuple,
+        return_routing: bool = False,
+        return_tokens: int = 0,
+    ):
         """One evaluation of the network.
 
         Args:
@@ -184,9 +191,11 @@ class DiT(nn.Module):
             condition: what each image is of, a batch of `config.condition`: labels (N,) int64, its null among them, or
                 `Prompts` (features (N, L, C), mask (N, L), null (N,) bool or left out).
             return_routing: also return the `Routing` of every MoE layer.
+            return_tokens: also return the tokens behind so many blocks, of images of one size; 0: none.
 
         Returns:
-            (N, out_channels, H, W), or a list of such images, or that and a list of L `Routing`.
+            (N, out_channels, H, W), or a list of such images; or a tuple of that, a list of L `Routing` and tokens
+            (N, T, D) of the patches, as far as these are asked for.
         """
         x, sizes = self._embed(x)  # (N, T, D)
         # From here on fp32 under autocast, if nothing else was asked for.
@@ -204,13 +213,16 @@ class DiT(nn.Module):
             null = None if self.config.null_class is None else condition == self.config.null_class
         if self.config.expert_count == self.config.num_experts:  # no router asks
             null = None
-        routings = []
-        for block, modulation in zip(self.blocks, self._modulations(c), strict=True):
+        routings, tokens = [], None
+        for depth, (block, modulation) in enumerate(zip(self.blocks, self._modulations(c), strict=True), start=1):
             x, routing = block(x, modulation, rotation, *reading, null)
             if routing is not None:
                 routings.append(routing)
+            if depth == return_tokens:
+                tokens = x if sizes is None else RowEnds.without(x, *sizes[0])
         x = self._images(self.final_layer(x, c), sizes)
-        return (x, routings) if return_routing else x
+        more = [*([routings] if return_routing else ()), *([tokens] if return_tokens else ())]
+        return (x, *more) if more else x
 
     def _modulations(self, c: Tensor) -> Sequence[Tensor]:
         """What each block is told of the condition (N, c)."""

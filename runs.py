@@ -23,6 +23,7 @@ import finetune
 import machine
 import objectives
 import profiling
+import representation
 import text
 from autoencoders import Measured, add_space_arguments, load_space, read_statistics, space_info, vae_below
 from caption_features import StoredTexts
@@ -99,6 +100,7 @@ def add_training_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("objective")
     add_objective_arguments(parser, group, training=True)
     parser.add_switch(group, "--stratified-t", False, "spread the times of a batch evenly over their distribution")
+    representation.add_alignment_arguments(parser)
 
     group = parser.add_argument_group("optimization")
     group.add_argument("--epochs", type=positive_int, default=1400, help="passes over the data")
@@ -280,6 +282,7 @@ NEEDS = (  # besides those of objectives.py
         "--text-encoder NAME (a network of classes reads no texts)",
     ),
     Need(("fresh_parts",), lambda args: args.init_from is not None, "--init-from FILE"),
+    representation.NEEDS,
 )
 
 # Flags that may differ when a run is resumed: they do not shape the loss curve.
@@ -289,7 +292,7 @@ RUN_CONTROL = {
     *("device", "local_rank", "timeout"),
     *("dim_heads", "load_base_shapes", "root"),  # the model says the first two
     "dead_after",
-    *("tokenizer_path", "text_encoder", "max_text_tokens"),  # the record of the encoder tells
+    *("tokenizer_path", "text_encoder", "max_text_tokens", "repa"),  # the records of the encoders tell
     *("local_diffusers_model_root", "micro_batch_size", "master_port", "no_auto_resume", "model_parallel_size"),
     *("grad_precision", "attention", "compile", "activation_checkpointing", "deterministic", "pretraining_tp"),
     *("data_parallel", "expert_parallel", "start_timeout"),
@@ -321,6 +324,7 @@ class Run:
     record: dict  # config.json of its checkpoints
     condition: Classes | Captions  # what its images are of
     start: finetune.Start | None = None  # of --init-from
+    alignment: representation.Alignment | None = None  # of --repa
     notes: list[str] = field(default_factory=list)  # what was chosen that no flag says
     evaluator: evaluation.Evaluator | None = None  # of --metrics-every
     resume_from: Path | None = None
@@ -459,6 +463,7 @@ class Choices:
     objective: object
     weights: checkpoint.Weights | None  # of --init-from
     encoder: text.TextEncoder | None = None  # of --text-encoder
+    vision: representation.Encoder | None = None  # of --repa
 
     @property
     def run_name(self) -> str:
@@ -507,7 +512,10 @@ def _choose(args, processes: distributed.Processes) -> Choices:
     check_needs(args, (*objectives.NEEDS, *NEEDS))
     if model.condition.null is None and "sample_cfg_scale" in args.given and args.sample_cfg_scale != 1:
         raise UsageError("--sample-cfg-scale needs a null class, which --class-dropout-prob 0 leaves out; use scale 1")
-    return Choices(args, model, objective, weights, None if encoder is None else encoder.to(processes.device))
+    representation.check_depth(args, model)
+    vision = representation.open_encoder(args)
+    encoders = (None if each is None else each.to(processes.device) for each in (encoder, vision))
+    return Choices(args, model, objective, weights, *encoders)
 
 
 def choose_accumulation(args, world_size: int) -> int:
@@ -544,6 +552,7 @@ def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distri
         raise UsageError(f"--vae-path {args.vae_path} has {space.channels} channels, the latents have {channels}")
     config = dataclasses.replace(model, input_size=input_size, in_channels=channels, num_classes=args.num_classes)
     start = None if choices.weights is None else finetune.fit(choices.weights, config, condition, args.fresh_parts)
+    alignment = representation.open_alignment(args, config, choices.vision, data)
     dtype = machine.PRECISIONS[args.precision]
     check_attention(args.attention, processes.device, dtype, config.hidden_size // config.num_heads)
     schedule = BatchSchedule(
@@ -570,6 +579,8 @@ def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distri
     }
     if choices.encoder is not None:
         record["text"] = choices.encoder.record()
+    if alignment is not None:
+        record["alignment"] = alignment.record
     return Run(
         args=args,
         processes=processes,
@@ -582,8 +593,10 @@ def _look_at_data(choices: Choices, resumed: "Resumed | None", processes: distri
         record=record,
         condition=condition,
         start=start,
+        alignment=alignment,
         notes=[
             *data.notes,
+            *([] if alignment is None else [alignment.in_words()]),
             *([] if start is None else [*start.in_words(), *differences(choices.weights, record)]),
             *(
                 [WIDE_BASE.format(config.base_width, config.hidden_size)]
@@ -846,6 +859,7 @@ def compare_with_checkpoint(run: Run, resumed: Resumed) -> None:
             keys = set(was) - {"path", *(("name",) if "sha256" in was else ())}
             keys |= Measured.__annotations__.keys() & now.keys()
         pairs |= {f"{part} {key}": (was.get(key), now.get(key)) for key in keys}
+    pairs["--repa"] = tuple(representation.brief(record.get("alignment")) for record in (before, run.record))
     for key in (flags_before.keys() & flags_now.keys()) - RUN_CONTROL - MODEL_FLAGS.keys():  # the model says those
         pairs[f"--{key}"] = flags_before[key], flags_now[key]
     if run.args.lr_schedule != "constant":

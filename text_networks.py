@@ -6,7 +6,6 @@ A folder holds config.json, weights and a tokenizer, or these in text_encoder/ a
 or it is a name of the hub. Weights are bf16 on a GPU and fp32 on a CPU; features are fp32.
 """
 
-import hashlib
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,7 +18,7 @@ from typing_extensions import TypedDict
 
 from cleaning import clean_caption
 from cli import UsageError
-from hub import brief, fetch, file_of, load_network, place_of
+from hub import brief, fetch, file_of, fingerprint, load_network, place_of
 from records import read_record
 
 NAMES = {
@@ -83,13 +82,7 @@ class TextNetwork:
 
     @cached_property
     def sha256(self) -> str:
-        """Over names and some values of the weights, in bf16, which is what a GPU computes with."""
-        checksum = hashlib.sha256()
-        for name, tensor in sorted(self.network.state_dict().items()):
-            values = tensor.flatten()
-            values = values[:: max(1, len(values) // 64)].bfloat16().float().cpu()
-            checksum.update(f"{name} {tuple(tensor.shape)}".encode() + values.numpy().tobytes())
-        return checksum.hexdigest()
+        return fingerprint(self.network)
 
     def tokens(self, text: str) -> list[int]:
         """Of a text, with its ends, not more than `length` but where `__call__` cuts them."""

@@ -35,6 +35,7 @@ from optim import EMA, build_optimizer, local, set_lr, state_of
 from post_hoc_ema import PowerEMA
 
 SHARDED = "sharded"  # folder of a checkpoint that holds the state of FSDPEngine
+PROJECTOR = "projector"  # part of a checkpoint: what --repa trains besides the module
 
 
 def get_parser() -> cli.Parser:
@@ -93,6 +94,9 @@ class DDPEngine:
         self.dtype = machine.set_precision(run.args.precision)
         self.module = runs.new_network(run, self.blocks_are_whole)
         self.model = self._place()
+        self.alignment = run.alignment
+        self.projector = None if run.alignment is None else run.alignment.projector()  # drawn behind the module
+        self.project = self._place_projector()
         if run.start is not None:
             weights, ours = run.start.state_dict(self.module, args.global_seed), self._tensors()
             fill({name: ours[name] for name in weights}, weights)
@@ -101,28 +105,48 @@ class DDPEngine:
         self.post_hoc = [PowerEMA(self.module, length) for length in args.post_hoc_ema]
         build = build_muon if args.optimizer == "muon" else build_optimizer
         self.optimizer = build(self.module, args.lr, args.weight_decay, args.adam_eps, args.decay_all)
+        if self.projector is not None:
+            for group in run.alignment.groups(self.projector, args.lr, args.weight_decay):
+                self.optimizer.add_param_group(group)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.args.precision == "fp16")
 
     def _place(self) -> nn.Module:
         """Draw the parameters; returns what `forward` calls."""
         self.module.materialize(self.device)
+        return self._sharing(self.module)
+
+    def _place_projector(self) -> nn.Module | None:
+        """What `forward` calls of --repa: apart from the module, which goes on alone when that ends."""
+        return None if self.projector is None else self._sharing(self.projector.to(self.device))
+
+    def _sharing(self, module: nn.Module) -> nn.Module:
+        """The module, whose gradients are averaged over the processes."""
         if self.processes.world_size == 1:
-            return self.module
+            return module
         with warnings.catch_warnings():  # PyTorch 2.15 renames broadcast_buffers, 2.11 does not know the new name
             warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(self.module, broadcast_buffers=False, gradient_as_bucket_view=True)
+            return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # ------------------------------------------------------------------------------------------------------- one step
 
-    def forward(self, x, t, condition):
+    def forward(self, x, t, condition, aligned: bool = False):
         with self._autocast():
-            return self.model(x, t, condition, return_routing=True)
+            if not aligned:
+                return self.model(x, t, condition, return_routing=True)
+            output, routings, tokens = self.model(
+                x, t, condition, return_routing=True, return_tokens=self.alignment.depth
+            )
+            return output, routings, self.project(tokens)
 
     def _autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def accumulating(self, last: bool):
-        return contextlib.nullcontext() if last or self.model is self.module else self.model.no_sync()
+        stack = contextlib.ExitStack()
+        for part in () if last else (self.model, self.project):
+            if isinstance(part, DistributedDataParallel):
+                stack.enter_context(part.no_sync())
+        return stack
 
     def backward(self, loss) -> None:
         self.scaler.scale(loss).backward()
@@ -142,7 +166,7 @@ class DDPEngine:
 
     def _clip(self) -> Tensor:
         """The norm of the whole gradient, after scaling it to at most `--grad-clip`."""
-        gradients = [local(p.grad) for p in self.module.parameters() if p.grad is not None]
+        gradients = [local(p.grad) for p in self._trained().values() if p.grad is not None]
         norm = self._norm_of_all(torch.nn.utils.get_total_norm(gradients))
         if self.args.grad_clip:
             torch._foreach_mul_(gradients, (self.args.grad_clip / (norm + 1e-6)).clamp(max=1.0))
@@ -166,17 +190,26 @@ class DDPEngine:
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """All parameters, by name."""
+        return dict(self.module.named_parameters()) | self._projected()
+
+    def _projected(self) -> dict[str, nn.Parameter]:
+        parameters = () if self.projector is None else self.projector.named_parameters()
+        return {f"{PROJECTOR}.{name}": parameter for name, parameter in parameters}
+
     def _tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers, by name."""
         return dict(self.module.named_parameters()) | dict(self.module.named_buffers())
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """All tensors that a resumed run needs, by part and name; they share memory with the engine's own."""
-        named, buffers = dict(self.module.named_parameters()), dict(self.module.named_buffers())
+        buffers = dict(self.module.named_buffers())
         return {
             "model": self._tensors(),
             "ema": self.ema.as_parameters(self.module) | buffers,
-            "optimizer": state_of(self.optimizer, named),
+            "optimizer": state_of(self.optimizer, self._trained()),
+            **({PROJECTOR: self._projected()} if self.projector is not None else {}),
             **{average.part: average.state(self.module) for average in self.post_hoc},
         }
 
@@ -197,6 +230,8 @@ class DDPEngine:
         state = self.state()
         if absent := [each.length for each in self.post_hoc if not (folder / f"{each.part}.safetensors").is_file()]:
             raise cli.UsageError(f"{folder} has no average of length {absent[0]:g}: --post-hoc-ema is of whole runs")
+        if self.projector is not None and "alignment" not in checkpoint.read_config(folder):
+            raise cli.UsageError(f"{folder} has no projector: --repa is of whole runs, such as of --init-from it")
         if (folder / SHARDED).is_dir():
             dcp.load(state, checkpoint_id=folder / SHARDED, no_dist=not dist.is_initialized())
         else:
@@ -244,11 +279,17 @@ class FSDPEngine(DDPEngine):
 
         self.module.materialize(self.device, then=shard)
         self.cpu_group = dist.new_group(backend="gloo")  # for checkpoints, which are written while training goes on
-        return fully_shard(self.module, mesh=mesh, **options)
+        self.options = {"mesh": mesh, **options}
+        return self._sharing(self.module)
+
+    def _sharing(self, module: nn.Module) -> nn.Module:
+        return fully_shard(module, **self.options)
 
     def accumulating(self, last: bool):
         # `fsdp` reduces the gradients of every micro-batch: kept until the last they would be whole on every process.
-        self.model.set_requires_gradient_sync(last or self.args.data_parallel == "fsdp")
+        for part in (self.model, self.project):
+            if part is not None:
+                part.set_requires_gradient_sync(last or self.args.data_parallel == "fsdp")
         return contextlib.nullcontext()
 
     @contextlib.contextmanager

@@ -266,6 +266,8 @@ class ZeroEngine:
                 )
         if args.optimizer == "muon":
             raise UsageError("--optimizer muon is of train.py: ZeRO's shards are no matrices")
+        if run.alignment is not None:
+            raise UsageError("--repa is of train.py, whose --data-parallel sdp and fsdp shard the projector as well")
         if args.post_hoc_ema:
             raise UsageError("--post-hoc-ema is of train.py, whose --data-parallel fsdp shards it")
         self.dtype = machine.set_precision(args.precision)
@@ -386,7 +388,7 @@ class ZeroEngine:
 
     # -------------------------------------------------------------------------------------------------------- one step
 
-    def forward(self, x, t, condition):
+    def forward(self, x, t, condition, aligned: bool = False):
         return self.engine(x, t, condition, return_routing=True)
 
     @contextlib.contextmanager

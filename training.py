@@ -10,7 +10,7 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -57,8 +57,8 @@ class Engine(Protocol):
     all_write: bool  # each process has a part of a checkpoint to write, not rank 0 alone
     module: DiT  # whose routers are told what happened
 
-    def forward(self, x: Tensor, t: Tensor, condition) -> tuple[Tensor, list[Routing]]:
-        """`DiT.forward(..., return_routing=True)` in the engine's precision."""
+    def forward(self, x: Tensor, t: Tensor, condition, aligned: bool = False) -> tuple[Tensor, list[Routing], ...]:
+        """`DiT.forward(..., return_routing=True)` in the engine's precision; `aligned`: its projected tokens, too."""
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         """Around forward and backward of a micro-batch; gradients need to meet only in the `last` of a step."""
@@ -97,22 +97,26 @@ class Window:
         self.clear()
 
     def clear(self) -> None:
-        self.steps, self.sums, self.counts = 0, {}, torch.zeros(self.shape, dtype=torch.float64)
+        self.steps, self.sums, self.times = 0, {}, {}
+        self.counts = torch.zeros(self.shape, dtype=torch.float64)
 
     def add(self, values: dict[str, float], counts: Tensor) -> None:
         self.steps += 1
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
+            self.times[name] = self.times.get(name, 0) + 1  # some are not there in every step
         self.counts += counts.view(self.shape)
 
     def means(self) -> dict[str, float]:
-        return {name: total / self.steps for name, total in self.sums.items()}
+        return {name: total / self.times[name] for name, total in self.sums.items()}
 
     def state(self) -> dict:
-        return {"steps": self.steps, "sums": dict(self.sums), "counts": self.counts.tolist()}
+        sums = {"sums": dict(self.sums), "times": dict(self.times)}
+        return {"steps": self.steps, **sums, "counts": self.counts.tolist()}
 
     def load(self, state: dict) -> None:
         self.steps, self.sums = state["steps"], dict(state["sums"])
+        self.times = dict(state.get("times") or dict.fromkeys(self.sums, self.steps))
         self.counts = torch.tensor(state["counts"], dtype=torch.float64).view(self.shape)
 
 
@@ -222,25 +226,31 @@ def train(run: Run, engine: Engine) -> None:
 
 def _loop(run: Run, engine: Engine, progress: Progress, saver: "Saver") -> None:
     args, processes, log = run.args, run.processes, run.log
-    loader = make_loader(run.data, run.schedule, progress.step, args.num_workers, processes.device.type == "cuda")
-    batches = iter(loader)
+    alignment, batches = run.alignment, batches_from(run, progress.step)
     unreadable = UnreadableImages(progress.unreadable)
     signals, clock, bar, start = StopSignals(), Clock(), progress_bar(run, progress.step), progress.step
     profiler = StepProfiler(args.profile if processes.is_main else 0, run.folder / "profile")
     while progress.step < run.total_steps:
         # Accumulate: forward and backward over the micro-batches of this step.
+        aligned = alignment is not None and alignment.is_on(progress.step)
+        if alignment is not None and alignment.until == progress.step > start:
+            batches = batches_from(run, progress.step)  # without features from now on
         totals, seen, bad_images = [], [], []
         for micro in range(args.accum_iter):
             with clock.waiting():
                 batch = next(batches)
             bad_images += batch["unreadable"][batch["unreadable"] >= 0].tolist()
             noised, condition = make_batch(run, batch, run.schedule.positions(micro))
+            features = alignment.features(batch, processes.device) if aligned else None
             with engine.accumulating(last=micro == args.accum_iter - 1):
-                output, routings = engine.forward(noised.x_t, noised.t, condition)
+                output, routings, *projected = engine.forward(noised.x_t, noised.t, condition, aligned)
                 terms = run.objective.loss(output.float(), noised)  # {name: (N,)}
                 loss, values, counts = total_loss(
                     terms, routings, Balance.of(args), None if args.local_balance else processes.sum
                 )
+                if aligned:
+                    more, values["alignment"] = alignment.loss(*projected, features)
+                    loss = loss + more
                 engine.backward(loss / args.accum_iter)
             observed = [routing.observed for routing in routings if routing.observed is not None]
             means = torch.cat([torch.stack(list(values.values())), *(each.to(loss.dtype) for each in observed)])
@@ -308,6 +318,13 @@ def _loop(run: Run, engine: Engine, progress: Progress, saver: "Saver") -> None:
     bar.close()
     signals.restore()
     log.info(f"done: at step {progress.step}, {progress.skipped} skipped, in {run.folder}")
+
+
+def batches_from(run: Run, step: int) -> Iterator[dict[str, Tensor]]:
+    """Micro-batches of the steps from `step` on, as `make_loader` gives them."""
+    if run.alignment is not None:
+        run.alignment.begin(step)
+    return iter(make_loader(run.data, run.schedule, step, run.args.num_workers, run.processes.device.type == "cuda"))
 
 
 def make_batch(run: Run, batch: dict[str, Tensor], positions: Tensor) -> tuple[NoisedBatch, Tensor]:
@@ -408,6 +425,8 @@ def report(run: Run, engine: Engine, progress: Progress, clock: Clock, lr: float
         load, entropy = max(values.get("load_max_over_mean", [math.nan])), values["router_entropy"]
         line += f"  balance {values.get('balance_loss', math.nan):.3f}  load max {load:.2f}"
         line += f"  entropy {sum(entropy) / len(entropy):.2f}"
+    if "alignment" in values:
+        line += f"  aligned {values['alignment']:.3f}"
     line += f"  grad {values.get('grad_norm', math.nan):.3f}  lr {lr:.2e}  {values['images_per_second']:.1f} img/s"
     line += f"  data {values['data_wait_share']:.0%}  mem {values['peak_memory_gb']:.1f} GB"
     run.log.info(line)

@@ -620,7 +620,7 @@ def test_shards_are_opened_by_whoever_reads_them(tmp_path):
     pickled = pickle.dumps(dataset)
     assert len(pickled) < 4000 < sum(path.stat().st_size for path in dataset.folder.glob("*.npy"))
     assert_same(pickle.loads(pickled)[0, 1], before)
-    assert [shard is not None for shard in dataset._shards] == [True, False]
+    assert [shard is not None for shard in dataset._moments._shards] == [True, False]
 
 
 def test_the_fingerprint_of_shards_follows_contents_and_labels(tmp_path):
