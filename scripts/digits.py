@@ -211,7 +211,7 @@ def curve(args) -> None:
     print(f"{summarise(rows)}\ncurve   {path}")
 
 
-def make_parser() -> Parser:
+def get_parser() -> Parser:
     parser = Parser(prog="python -m scripts.digits", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -239,4 +239,4 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
-    run(lambda args: args.command(args), make_parser())
+    run(lambda args: args.command(args), get_parser())

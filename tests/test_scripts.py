@@ -380,7 +380,7 @@ def test_split_is_disjoint_complete_and_stratified(halves):
 
 
 def write(folder: Path) -> None:
-    digits.write(digits.make_parser().parse_args(["write", str(folder)]))
+    digits.write(digits.get_parser().parse_args(["write", str(folder)]))
 
 
 @pytest.mark.parametrize("half, name", [(0, "train"), (1, "held-out")])
@@ -418,7 +418,7 @@ def test_curve(tmp_path, capsys):
     lines = [json.dumps(row) for row in rows]
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join([*lines, '{"step": 50, "fid": 3.0}', '{"step": 101, "lo']))
-    digits.curve(digits.make_parser().parse_args(["curve", str(path)]))
+    digits.curve(digits.get_parser().parse_args(["curve", str(path)]))
     printed = capsys.readouterr().out
     assert "0.2929 -> 0.0105" in printed and "steps 1 to 100" in printed and "1.50 1.25" in printed
     assert Image.open(tmp_path / "curve.png").size == (960, 720)
