@@ -113,7 +113,7 @@ def read(path: Path) -> Run:
 
 
 def curves_of(rows: list[dict]) -> dict[str, Curve]:
-    """Of what has a number in some lines; a list of layers by its mean. Of a step that was done again the last counts."""
+    """Of what has a number in some lines; a list of layers by its mean. Of a step done again the last counts."""
     points: dict[str, dict[int, float]] = {}
     for row in rows:
         for name, value in row.items():
