@@ -15,6 +15,7 @@ from diffusion import RectifiedFlow
 from models import DiT
 from muon import build_muon
 from optim import ADAMW, EMA, build_optimizer, lr_factor, set_lr
+from representation import Alignment
 from scripts.digits import Digits
 from training import Balance, tell_routers, total_loss
 
@@ -73,6 +74,7 @@ class Learner:
         loss_scale: float | None = None,
         accumulation: int = 1,
         balance: tuple[str, ...] = ("aux",),
+        alignment: Alignment | None = None,
     ):
         """
         Args:
@@ -81,10 +83,16 @@ class Learner:
             loss_scale: what the loss is multiplied by before the backward, as fp16 training does it; None: nothing.
             accumulation: micro-batches that a batch is cut into.
             balance: what evens out the load, of `runs.BALANCE`.
+            alignment: what tokens are aligned with; its projector is drawn here.
         """
         self.model, self.digits, self.seed, self.objective = model, digits, seed, objective
         self.lr, self.accumulation, self.balance = lr, accumulation, Balance(balance, aux=alpha)
         self.optimizer = OPTIMIZERS[optimizer](model, lr, 0.0, ADAMW["eps"], False)
+        self.alignment, self.projector = alignment, None
+        if alignment is not None:
+            self.projector = alignment.projector()
+            for group in alignment.groups(self.projector, lr, weight_decay=0.0):
+                self.optimizer.add_param_group(group)
         self.ema = EMA(model, EMA_DECAY)
         scale = dict(init_scale=loss_scale or 1.0, growth_interval=10**9, enabled=loss_scale is not None)
         self.scaler = torch.amp.GradScaler("cpu", **scale)
@@ -97,11 +105,15 @@ class Learner:
         u, drop = torch.rand(2, BATCH, generator=draw)
         y = torch.where(drop < model.config.class_dropout_prob, model.config.null_class, labels)
 
-        counts, observed = 0, []
+        counts, observed, alignment = 0, [], self.alignment
+        depth = alignment.depth if alignment is not None and alignment.is_on(step) else 0
         for parts in zip(*(whole.chunk(self.accumulation) for whole in (images, noise, u, y)), strict=True):
             batch = self.objective.noised(*parts[:3])
-            output, routings = model(batch.x_t, batch.t, parts[3], return_routing=True)
+            output, routings, *tokens = model(batch.x_t, batch.t, parts[3], return_routing=True, return_tokens=depth)
             loss, _, seen = total_loss(self.objective.loss(output, batch), routings, self.balance, None)
+            if depth:
+                features = alignment.features({"x": parts[0]}, loss.device)
+                loss = loss + alignment.loss(self.projector(*tokens), features)[0]
             self.scaler.scale(loss / self.accumulation).backward()
             counts, observed = counts + seen, [routing.observed for routing in routings]
         set_lr(self.optimizer.param_groups, self.lr * factor)

@@ -14,11 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import checkpoint
 import representation
 import train
+from benchmarks import digits_runs
+from benchmarks.alignment import digits_of
 from benchmarks.traffic import record
 from configuration import build_config
 from diffusion import RectifiedFlow
 from models import DiT, build_model
 from representation import Encoder, Projector
+from scripts.digits import split_digits
 
 WIDTH = 16
 
@@ -252,3 +255,24 @@ def test_a_projector_learns_by_its_width_under_mup(encoder):
     wide = Projector(1024, 2048, 16)
     wide.draw()
     assert wide[0].weight.std().item() == pytest.approx(1024**-0.5, rel=0.01)
+
+
+def test_the_benchmark_trains_like_the_loop_and_knows_its_places(encoder):
+    """A weight of 0 changes nothing, another one does."""
+    training, held_out = (digits_runs.Scenes(half) for half in split_digits())
+    config = build_config("DiT-Nano/2", input_size=16, patch_size=4, in_channels=3, num_classes=100)
+
+    def losses(*weight_and_until) -> torch.Tensor:
+        torch.manual_seed(0)
+        model, alignment = DiT(config), None
+        if weight_and_until:
+            weight, until = weight_and_until
+            small, known = Encoder(str(encoder)), {"width": WIDTH}
+            alignment = representation.Alignment(small, None, known, config, 2, weight, 24, until, torch.float32)
+        return digits_runs.train(model, training, held_out, 0, 0, 2, 2, draws=1, alignment=alignment)[-1].losses
+
+    plain = losses()
+    assert torch.equal(losses(0.0, 0), plain)
+    assert not torch.equal(losses(0.5, 1), plain)
+    places = digits_of(torch.tensor([37])).view(4, 4)
+    assert places.tolist() == [[3, 3, 7, 7], [3, 3, 7, 7], [7, 7, 3, 3], [7, 7, 3, 3]]
