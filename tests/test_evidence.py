@@ -22,8 +22,19 @@ def tiny(monkeypatch):
     monkeypatch.setattr(evidence, "EVALUATIONS", (3, 5))
     monkeypatch.setattr(evidence, "SWEEP_IMAGES", 20)
     monkeypatch.setattr(evidence, "STEP_ROUNDS", 1)
+    scenes = evidence.Scenes.tensors
+    monkeypatch.setattr(evidence.Scenes, "tensors", lambda self, count=60: scenes(self, min(count, 200)))
+    monkeypatch.setattr(evidence, "RATES", (2e-3,))
+    monkeypatch.setattr(evidence, "TRIALS", {name: evidence.TRIALS[name] for name in ("AdamW, 0.002", "Muon, 0.002")})
+    for name, value in (("LENGTHS", (0.05,)), ("GUIDES", {"smaller": evidence.Guide(0.5, dict(depth=1))})):
+        monkeypatch.setattr(evidence, name, value)
+    monkeypatch.setattr(evidence, "SCALES", (2.0,))
+    afterwards = dict(part=1.0, lengths=evidence.LENGTHS, guides=evidence.GUIDES, scales=evidence.SCALES)
+    afterwards = dataclasses.replace(evidence.SETUPS["softmax, afterwards"], **afterwards)
+    monkeypatch.setitem(evidence.SETUPS, "softmax, afterwards", afterwards)
     some = ("dense, scenes", "sigmoid, bias", "batch pool")
     monkeypatch.setitem(evidence.EXPERIMENTS, "routers", some)
+    monkeypatch.setitem(evidence.EXPERIMENTS, "optimizers", ("softmax", "softmax, Muon", *evidence.TRIALS))
     monkeypatch.setattr(evidence, "JUDGED", {"euler 2": 30})
     for name, setup in evidence.SETUPS.items():
         samples = evidence.sweep(setup.objective) if len(setup.samples) > 1 else {}
@@ -64,7 +75,7 @@ def test_networks_cost_the_same_for_each_token():
 def test_what_is_done_afterwards_leaves_the_run_alone(tiny):
     """Averages kept along change no curve, and who is guided away from its own likeness stays where it is."""
     guides = {"itself": evidence.Guide(1.0, {}), "smaller": evidence.Guide(0.5, dict(depth=1))}
-    more = dict(samples=evidence.JUDGED, guides=guides, scales=(3.0,))
+    more = dict(samples=evidence.JUDGED, lengths=(0.02, 0.2), guides=guides, scales=(3.0,))
     setup = dataclasses.replace(evidence.SETUPS["softmax, afterwards"], **more)
     run = evidence.run(setup, 0, 6, 3)
     assert np.array_equal(run["losses"], arrays("softmax")["losses"])
@@ -134,8 +145,8 @@ def test_whole_chain_resumes_and_remakes_pictures(tiny, tmp_path, capfd, monkeyp
     (tmp_path / "runs" / "dense-0.npz").unlink()
     evidence.main(evidence.get_parser().parse_args([*flags, "--jobs", "2"]))
     again = capfd.readouterr().out
-    assert again.count("of training") == 1 + 14 + 3 + 9  # what was missing, and the runs of the other experiments
-    assert "| AdamW | " in again and "| itself, earlier, 2 |" in again and "| length 0.05 |" in again
+    assert again.count("of training") == 1 + 14 + 3 + 5  # what was missing, and the runs of the other experiments
+    assert "| AdamW | " in again and "| smaller, 2 |" in again and "| length 0.05 |" in again
     assert again.split("\nexperts\n")[1].startswith(written.split("\nexperts\n")[1].split("| dense")[0])
     pictures = {path.name: Image.open(path).size for path in tmp_path.glob("*.png")}
     assert set(pictures) == {f"evidence_{name}.png" for name in evidence.EXPERIMENTS}
