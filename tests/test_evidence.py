@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from analysis.plan import flops
-from benchmarks import evidence
+from benchmarks import digits_runs, evidence
 from benchmarks.harness import Times
 from cli import UsageError
 from scripts.digits import Digits, split_digits
@@ -22,6 +22,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(evidence, "EVALUATIONS", (3, 5))
     monkeypatch.setattr(evidence, "SWEEP_IMAGES", 20)
     monkeypatch.setattr(evidence, "STEP_ROUNDS", 1)
+    monkeypatch.setattr(digits_runs, "BATCH", 32)
     scenes = evidence.Scenes.tensors
     monkeypatch.setattr(evidence.Scenes, "tensors", lambda self, count=60: scenes(self, min(count, 200)))
     monkeypatch.setattr(evidence, "RATES", (2e-3,))
