@@ -3,6 +3,8 @@
 N images · H, W image size
 """
 
+import base64
+import io
 import itertools
 import math
 import zipfile
@@ -31,7 +33,19 @@ def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
 
 def save_png(path: Path, image: np.ndarray) -> None:
     with replacing(path) as file:
-        Image.fromarray(image).save(file, format="png")
+        file.write(png_bytes(image))
+
+
+def png_bytes(image: np.ndarray, optimize: bool = False) -> bytes:
+    """(H, W, 3) uint8; `optimize`: fewer bytes, for more time."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="png", optimize=optimize)
+    return file.getvalue()
+
+
+def data_uri(content: bytes, kind: str = "image/png") -> str:
+    """A file inside a page."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def save_npz(path: Path, batches: Iterable[np.ndarray], labels: Sequence[int]) -> None:

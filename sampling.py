@@ -307,6 +307,7 @@ def generate(
     indices: Sequence[int] | None = None,
     batch_size: int = 32,
     progress: Callable | None = None,
+    on_evaluation: Callable[[Tensor], None] | None = None,
 ) -> Iterator[np.ndarray]:
     """Draw one image per label, or per prompt.
 
@@ -317,6 +318,8 @@ def generate(
         guide: a weaker network for the same images, which the model is guided away from in place of its null.
         indices: which image of the seed each one is; 0, 1, ... by default.
         progress: wraps the iterable of sampling steps of each batch.
+        on_evaluation: told after each evaluation of the network what it takes the latents (n,C,h,w) for, as previews
+            show; what it raises ends the drawing.
 
     Yields:
         (n, H, W, 3) uint8 for each batch, in the order of the labels.
@@ -344,17 +347,35 @@ def generate(
             time_scale=objective.time_scale,
             guide=guide,
         )
-        denoise = Watched(denoise)
+        denoise = watched = Watched(denoise)
+        if on_evaluation is not None:
+            denoise = telling(watched, objective, on_evaluation)
         latents = objective.sample(denoise, noise(), settings.steps, settings.sampler, randn=noise, progress=progress)
         images = space.decode(latents.float())
-        denoise.check(images)
-        yield (images * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+        watched.check(images)
+        yield to_pixels(images)
 
 
 def draw(model, objective, space, labels: Sequence, settings: Settings, indices: Sequence[int], **options):
     """(n, H, W, 3) uint8: what `generate` yields for one batch."""
     options |= {"indices": indices, "batch_size": len(labels)}
     return next(generate(model, objective, space, labels, settings, **options))
+
+
+def telling(denoise: Callable[[Tensor, float], Tensor], objective, on_evaluation: Callable[[Tensor], None]):
+    """The same `denoise`, which says after each of its answers what data (N,C,h,w) that means."""
+
+    def tell(x: Tensor, t: float) -> Tensor:
+        output = denoise(x, t)
+        on_evaluation(objective.estimate(output, x, t))
+        return output
+
+    return tell
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """(N, 3, H, W), -1 to 1 -> (N, H, W, 3) uint8."""
+    return (images * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 class Captured:

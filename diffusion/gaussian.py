@@ -147,6 +147,10 @@ class GaussianDiffusion:
             x0 = said
         return x0.clamp(-1, 1) if clip else x0
 
+    def estimate(self, output: Tensor, x: Tensor, t: float) -> Tensor:
+        """The data (N,C,H,W) that an answer at network time t means; between two time steps, as at the nearest."""
+        return self.predict_x0(output.float(), x, self.schedule.step(round(t)))
+
     def predict(self, output: Tensor, x_t: Tensor, c: Step, clip: bool = False) -> Prediction:
         """p(x_{t-1} | x_t): the posterior mean at the predicted x0 (DDPM eq. 7), and the variance."""
         x0 = self.predict_x0(output, x_t, c, clip)

@@ -70,6 +70,10 @@ class RectifiedFlow:
         mse = mean_flat((output[:, : batch.x0.shape[1]].float() - batch.target.float()) ** 2)
         return {"loss": mse, "mse": mse}
 
+    def estimate(self, output: Tensor, x: Tensor, t: float) -> Tensor:
+        """The data (N,C,H,W) that an answer at network time t means."""
+        return x - t / self.time_scale * output[:, : x.shape[1]].float()
+
     @torch.no_grad()
     def sample(
         self,
