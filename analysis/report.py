@@ -7,18 +7,18 @@ Reads what `analysis.expert_data` wrote and writes one HTML file. It needs a bro
 
 import base64
 import html
-import io
 import json
 import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from analysis import plots
+from analysis.patches import expert_colours
 from analysis.routing import RoutingData
 from cli import Parser, UsageError, natural_int, positive_int, run
 from files import replacing
+from image_files import data_uri, png_bytes
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -72,6 +72,7 @@ def contents(data: RoutingData, examples: int, steps: int, dpi: int) -> dict:
         "halves": data.halves,
         "layers": about["layers"],
         "experts": about["num_experts"],
+        "colours": expert_colours(about["num_experts"]),
         "chance": about["top_k"] / about["num_experts"],
         "side": data.side,
         "steps": kept.tolist(),
@@ -107,9 +108,7 @@ def example(data: RoutingData, index: int, choices: np.ndarray) -> dict:
 
 def picture(pixels: np.ndarray) -> str:
     """(H, W, 3) uint8 -> a PNG as a data URI."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return data_uri(png_bytes(pixels, optimize=True))
 
 
 if __name__ == "__main__":

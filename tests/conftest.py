@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -162,3 +163,34 @@ def launched(*arguments, processes: int = 1, check: int | None = 0) -> subproces
 def read_json(folder: Path, stem: str) -> dict:
     """A JSON file of a checkpoint, as it stands there."""
     return json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
+
+
+CHROMIUM = shutil.which("chromium"), shutil.which("chromedriver")
+QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+QUIET += ["--disable-background-networking", "--disable-component-update", "--window-size=1280,1000"]
+
+
+@pytest.fixture
+def browser():
+    if not all(CHROMIUM):
+        pytest.skip("no chromium and chromedriver here (Debian: apt-get install chromium chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM[0]
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with tempfile.TemporaryDirectory() as profile:
+        for flag in (*QUIET, f"--user-data-dir={profile}"):
+            options.add_argument(flag)
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMIUM[1]))
+        yield driver
+        driver.quit()
+
+
+def asked_for(browser) -> list[str]:
+    """The addresses that the page in a browser wanted; nothing may stand in its console."""
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
+    own = ("data:", "blob:", "chrome:", "chrome-untrusted:", "chrome-extension:")  # the browser's first page, too
+    return [url for url in asked if not url.startswith(own)]

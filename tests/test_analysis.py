@@ -4,11 +4,9 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import faults
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, asked_for
 from sklearn.metrics import mutual_info_score
 from test_sampling import publish, random_model
 from test_training import run_train
@@ -506,28 +504,6 @@ def test_files_that_disagree_with_themselves_are_refused(tmp_path, change, messa
             run(script, path)
 
 
-CHROMIUM = shutil.which("chromium"), shutil.which("chromedriver")
-QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-QUIET += ["--disable-background-networking", "--disable-component-update", "--window-size=1280,1000"]
-
-
-@pytest.fixture
-def browser():
-    if not all(CHROMIUM):
-        pytest.skip("no chromium and chromedriver here (Debian: apt-get install chromium chromium-driver)")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM[0]
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with tempfile.TemporaryDirectory() as profile:
-        for flag in (*QUIET, f"--user-data-dir={profile}"):
-            options.add_argument(flag)
-        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMIUM[1]))
-        yield driver
-        driver.quit()
-
-
 @pytest.mark.slow
 def test_the_page_in_a_browser(browser, tmp_path):
     from selenium.webdriver.common.by import By
@@ -600,11 +576,7 @@ def test_the_page_in_a_browser(browser, tmp_path):
     Select(find("mapHalf")).select_by_visible_text("unconditional")
     assert maps[0].get_attribute("src") != first
 
-    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
-    sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
-    own = ("data:", "blob:", "chrome:", "chrome-untrusted:", "chrome-extension:")  # the browser's first page, too
-    assert [url for url in asked if not url.startswith(own)] == [path.with_suffix(".html").as_uri()]
+    assert asked_for(browser) == [path.with_suffix(".html").as_uri()]
 
 
 # -------------------------------------------------------------------------------------- what no other test would notice
