@@ -81,7 +81,7 @@ def serve(page, host: str, port: int) -> None:
 
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # of the machine, from no network
     quiet = {"quiet": True, "share": False, "ssr_mode": False, "footer_links": [], "prevent_thread_lock": True}
-    page.queue(max_size=32).launch(server_name=host, server_port=port, theme=theme, css=STYLE, **quiet)
+    page.queue().launch(server_name=host, server_port=port, theme=theme, css=STYLE, **quiet)
 
 
 # ----------------------------------------------------------------------------------------------------------- the layout
@@ -130,19 +130,23 @@ def make_page(desk: live.Desk):
                     view = controls_of_experts(desk)
                 stage = gr.HTML(elem_id="stage")
 
-        silent = {"show_progress": "hidden", "api_visibility": "private"}
-        alone = silent | {"show_progress": "minimal", "show_progress_on": status}  # which tells the place in the queue
-        alone |= {"concurrency_limit": 1, "concurrency_id": "draw"}
-
-        def update(*values):
-            for *shown, slider in draw(desk, *values):
+        def update(request: gr.Request, *values):
+            for *shown, slider in draw(desk, request.session_hash, *values):
                 shown = [gr.skip() if value is None else value for value in shown]
                 yield *shown, gr.skip() if slider is None else gr.update(**slider)
 
+        def end(request: gr.Request):
+            desk.cancel(request.session_hash)
+
+        silent = {
+            "show_progress": "hidden",
+            "api_visibility": "private",
+            "concurrency_limit": None,
+        }  # the desk has a line
         drawn = update, [*asked, *view], [status, stage, sheets, view.evaluation]
-        first = gr.on([start.click, asked.seed.submit, asked.second.submit], *drawn, **alone)
-        second = again.click(lambda: random.randrange(2**31), None, asked.seed, **silent).then(*drawn, **alone)
-        cancel.click(lambda: said("cancelled"), None, status, cancels=[first, second], queue=False, **silent)
+        gr.on([start.click, asked.seed.submit, asked.second.submit], *drawn, **silent)
+        again.click(lambda: random.randrange(2**31), None, asked.seed, **silent).then(*drawn, **silent)
+        cancel.click(end, **silent)
         moved = [control.input for control in view]
         gr.on(moved, show, [sheets, *view], stage, trigger_mode="always_last", **silent)
     return page
@@ -179,7 +183,7 @@ def controls_of_experts(desk: live.Desk) -> View:
     import gradio as gr
 
     layers = len(desk.loaded.model.config.moe_indices)
-    halves = ["prompt" if desk.loaded.draws_from_texts else "class", "nothing"]
+    halves = ["prompt" if desk.loaded.draws_from_texts else "class", "none"]
     return View(
         gr.Slider(1, 2, 1, step=1, label="evaluation, from noise to image", scale=2, elem_id="evaluation"),
         gr.Slider(1, max(2, layers), 1, step=1, label="layer", elem_id="layer"),
@@ -191,22 +195,26 @@ def controls_of_experts(desk: live.Desk) -> View:
 # --------------------------------------------------------------------------------------------- what happens on the page
 
 
-def draw(desk: live.Desk, *values) -> Iterator[tuple]:
+def draw(desk: live.Desk, owner: str, *values) -> Iterator[tuple]:
     """The status, stage and sheets, and settings of the slider of evaluations; None: as before. Errors are statuses."""
     asked, view, started = Asked(*values[: len(Asked._fields)]), View(*values[len(Asked._fields) :]), time.monotonic()
     try:
         wish = wish_of(desk, asked)
         seen = [None] * len(wish.seeds)
-        for word in desk.draw(wish):
-            if isinstance(word, live.Progress):
+        for word in desk.draw(wish, owner):
+            if isinstance(word, live.Waiting):
+                yield said(f"waiting: {word.ahead} before this one"), None, None, None
+            elif isinstance(word, live.Progress):
                 seen[word.place] = None if word.images is None else image_grid(word.images, wish.columns)
                 yield progress(word), previews(desk, wish, seen) if wish.preview else None, None, None
         sheets, last = word, word[0].evaluations
         view = view._replace(evaluation=min(view.evaluation, last))
         slider = {"maximum": max(2, last), "value": view.evaluation}
         yield finished(desk, wish, sheets, time.monotonic() - started), show(sheets, *view), sheets, slider
+    except live.Stopped:
+        yield said("cancelled"), None, None, None
     except (UsageError, RunStopped) as error:
-        yield said(str(error), "error"), None, None, None
+        yield wrong(error), None, None, None
 
 
 def wish_of(desk: live.Desk, asked: Asked) -> live.Wish:
@@ -276,8 +284,12 @@ def picture(pixels: np.ndarray | None, caption: str) -> str:
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
-def said(text: str, kind: str = "") -> str:
-    return f'<p class="{kind}">{html.escape(text)}</p>'
+def said(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"
+
+
+def wrong(error: Exception) -> str:
+    return f'<p class="error" role="alert">{html.escape(str(error))}</p>'
 
 
 def progress(word: live.Progress) -> str:

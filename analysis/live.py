@@ -27,6 +27,7 @@ from cli import RunStopped, UsageError, values
 from image_files import image_grid, png_bytes
 
 MOST_IMAGES = 64  # of a seed, which are one batch
+TURN = 0.2  # seconds between looks at the line
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ class Progress(NamedTuple):
     total: int
     place: int
     images: np.ndarray | None  # (N, size, size, 3) uint8, what the network takes them for; None: no preview
+
+
+class Waiting(NamedTuple):
+    """How many drawings come first."""
+
+    ahead: int
 
 
 class Place(NamedTuple):
@@ -113,29 +120,42 @@ class Sheet:
         return image_grid(coloured(self.images, experts, self.work.counts.shape[-1]), self.columns)
 
 
+class Ticket(NamedTuple):
+    """Of a drawing that is made, or waits for its turn."""
+
+    owner: str
+    stop: threading.Event
+
+
 class Desk:
-    """A network at which one drawing after the other is made, all by one thread."""
+    """A network at which one drawing after the other is made, all by one thread; the others wait in line."""
 
     def __init__(self, loaded: sampling.Loaded, args, precision: str):
         self.loaded, self.args, self.precision = loaded, args, precision
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix="drawing")
-        self.closed = threading.Event()
+        self.worker, self.line = ThreadPoolExecutor(1, thread_name_prefix="drawing"), []
+
+    def cancel(self, owner: str) -> None:
+        """End this owner's drawings, each at its next evaluation: they raise `Stopped`."""
+        for ticket in list(self.line):
+            if ticket.owner == owner:
+                ticket.stop.set()
 
     def close(self) -> None:
-        """End what is being drawn, at its next evaluation."""
-        self.closed.set()
+        for ticket in list(self.line):
+            ticket.stop.set()
         self.worker.shutdown(cancel_futures=True)
 
     @property
     def has_experts(self) -> bool:
         return bool(self.loaded.model.config.moe_indices)
 
-    def draw(self, wish: Wish) -> Iterator[Progress | list[Sheet]]:
-        """How it goes, then a sheet for each seed. Closing the iterator ends the drawing, at its next evaluation.
+    def draw(self, wish: Wish, owner: str = "") -> Iterator[Waiting | Progress | list[Sheet]]:
+        """How it goes, then a sheet for each seed. Closing the iterator ends the drawing, as `cancel` does.
 
         Raises:
             UsageError: there is no such class, sampler, number of steps, ...
             RunStopped: the network gives NaN, or memory is too small.
+            Stopped: it was cancelled.
         """
         requests = self.requests(wish)
         settings = [self.settings(wish, seed) for seed in wish.seeds]
@@ -143,7 +163,12 @@ class Desk:
         def work(tell: Callable) -> list[Sheet]:
             return [self._sheet(wish, requests, place, each, tell) for place, each in enumerate(settings)]
 
-        yield from told_by(self.worker, work)
+        ticket = Ticket(owner, threading.Event())
+        self.line.append(ticket)
+        try:
+            yield from told_by(self.worker, work, ticket.stop, lambda: Waiting(self.line.index(ticket)))
+        finally:
+            self.line.remove(ticket)
 
     def requests(self, wish: Wish) -> list[int] | list[str]:
         """What each image is to be of."""
@@ -172,8 +197,6 @@ class Desk:
         def on_evaluation(latents: Tensor) -> None:
             nonlocal done
             done += 1
-            if self.closed.is_set():
-                raise Stopped
             tell(lambda: Progress(done, total, place, self._pixels(latents) if wish.preview else None))
 
         images, everyone = len(requests), range(len(requests))
@@ -225,28 +248,36 @@ class Stopped(Exception):
     """Nobody waits for the result any more."""
 
 
-def told_by(worker: Executor, work: Callable[[Callable], object]) -> Iterator:
-    """What `work(tell)` tells while a thread does it, then what it returns.
+def told_by(worker: Executor, work: Callable[[Callable], object], stop: threading.Event, waiting: Callable) -> Iterator:
+    """What `work(tell)` tells while a thread does it, then what it returns; until its turn comes, what `waiting` makes.
 
-    `tell(make)` calls `make` only if somebody waits for a word, so that a slow listener slows nobody down. Once the
-    iterator is closed, the next `tell` raises `Stopped`.
+    `tell(make)` calls `make` only if somebody waits for a word, so that a slow listener slows nobody down. Once `stop`
+    is set, as it is when the iterator is closed, the next `tell` raises `Stopped`, and so does the iterator.
     """
-    words, waits, stop = queue.SimpleQueue(), threading.Event(), threading.Event()
+    words, listens, begun = queue.SimpleQueue(), threading.Event(), threading.Event()
+
+    def begin() -> object:
+        begun.set()
+        return work(tell)
 
     def tell(make: Callable[[], object]) -> None:
         if stop.is_set():
             raise Stopped
-        if waits.is_set():
-            waits.clear()
+        if listens.is_set():
+            listens.clear()
             words.put(make())
 
-    waits.set()
-    future = worker.submit(work, tell)
+    listens.set()
+    future = worker.submit(begin)
     future.add_done_callback(lambda _: words.put(None))
     try:
+        while not begun.wait(TURN):
+            if stop.is_set():
+                raise Stopped
+            yield waiting()
         while (word := words.get()) is not None:
             yield word
-            waits.set()
+            listens.set()
         yield future.result()
     finally:
         stop.set()

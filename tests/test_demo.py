@@ -5,15 +5,19 @@ import json
 import re
 import socket
 import sys
+import threading
 import time
 import zipfile
+from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import asked_for, free_port
 from PIL import Image
 from test_analysis import choices
 from test_sampling import random_model
@@ -82,8 +86,8 @@ def test_a_slow_listener_hears_little_and_holds_up_nothing():
         return "done"
 
     with ThreadPoolExecutor(1) as worker:
-        words = live.told_by(worker, work)
-        assert next(words) == 0
+        words = live.told_by(worker, work, threading.Event(), lambda: "waits")
+        assert next(word for word in words if word != "waits") == 0
         worker.submit(lambda: None).result()  # the work is over
         assert list(words) == ["done"] and made == [0]
 
@@ -98,8 +102,8 @@ def test_whoever_stops_listening_ends_the_work():
             time.sleep(0.001)
 
     with ThreadPoolExecutor(1) as worker:
-        words = live.told_by(worker, work)
-        next(words)
+        words = live.told_by(worker, work, threading.Event(), lambda: "waits")
+        next(word for word in words if word != "waits")
         words.close()
         worker.submit(lambda: None).result()
         assert 1 <= len(reached) < 1000
@@ -116,10 +120,11 @@ def test_it_draws_what_sample_draws_and_tells_how_far_it_is(desk):
         settings = sampling.Settings(STEPS, "euler", 2.0, seed=sheet.seed)
         (images,) = sampling.generate(desk.loaded.model, RectifiedFlow(), PixelSpace(), [1, 1, 3, 3], settings)
         assert np.array_equal(sheet.images, images) and sheet.settings == settings
+    progress = [word for word in progress if isinstance(word, live.Progress)]
     assert {word.total for word in progress} == {2 * STEPS} and progress[0].place == 0
     done = [word.done for word in progress]
     assert done == sorted(set(done)) and all(word.images.shape == (4, 8, 8, 3) for word in progress)
-    blind = list(desk.draw(wish(preview=False)))[:-1]
+    blind = [word for word in desk.draw(wish(preview=False)) if isinstance(word, live.Progress)]
     assert blind and all(word.images is None for word in blind)
 
 
@@ -182,12 +187,15 @@ def test_the_archive_holds_images_and_settings(desk):
 
 def controls(desk: live.Desk, view=(1, 1, 0, 0), **changed) -> tuple:
     usual = dict(what="1", seed=0, second=1, beside=False, each=2, cfg_scale=2.0, steps=STEPS, sampler="euler")
-    return desk, *demo.Asked(**usual | {"preview": True} | changed), *view
+    return desk, "me", *demo.Asked(**usual | {"preview": True} | changed), *view
 
 
 def test_what_the_page_is_given(desk):
     *before, (status, stage, sheets, slider) = demo.draw(*controls(desk, view=(9, 1, 0, 0), beside=True))
-    assert all("<progress" in told[0] and "dashed" not in told[1] and told[2:] == (None, None) for told in before)
+    before = [told for told in before if "waiting" not in told[0]]
+    assert before and all(
+        "<progress" in told[0] and "dashed" not in told[1] and told[2:] == (None, None) for told in before
+    )
     assert "4 images in" in status and "euler3-cfg2-seed0" in status and "data:application/zip;base64," in status
     assert stage.count("<img") == 4 and stage.count('class="loads"') == 2 and "seed 1" in stage
     assert slider == {"maximum": 3, "value": 3} and stage == demo.show(sheets, 3, 1, 0, 0)
@@ -219,16 +227,37 @@ def test_a_broken_network_is_said_and_the_next_drawing_works(desk):
     broken.loaded.model.final_layer.linear.bias.data.fill_(torch.nan)
     with pytest.raises(RunStopped, match="NaN or infinity, from evaluation 1 of 3"):
         drawn(broken, wish())
-    words = desk.draw(wish(steps=200))
-    assert next(words).total == 200
-    words.close()  # Cancel
     assert len(drawn(desk, wish())) == 1
-    ended = make_desk()
-    words = ended.draw(wish(steps=200))
-    next(words)
-    ended.close()
+
+
+def begun(words) -> live.Progress:
+    return next(word for word in words if isinstance(word, live.Progress))
+
+
+def test_drawings_wait_in_line_and_are_cancelled_by_their_owner():
+    desk = make_desk()
+    first, second, third = (desk.draw(wish(steps=300), owner) for owner in ("a", "b", "c"))
+    assert begun(first).total == 300
+    assert next(second) == live.Waiting(1) and next(third) == live.Waiting(2)
+    desk.cancel("b")
     with pytest.raises(live.Stopped):
-        list(words)
+        list(second)
+    assert next(third) == live.Waiting(1)
+    first.close()  # a page that went away
+    assert begun(third).total == 300
+    desk.cancel("c")
+    with pytest.raises(live.Stopped):
+        list(third)
+    told = demo.draw(*controls(desk, steps=300))
+    next(told)
+    desk.cancel("me")
+    *_, last = told
+    assert last == ("<p>cancelled</p>", None, None, None) and desk.line == []
+    fourth = desk.draw(wish(steps=300))
+    begun(fourth)
+    threading.Timer(0.05, desk.close).start()
+    with pytest.raises(live.Stopped):
+        list(fourth)
 
 
 def test_dense_models_have_no_panel_and_texts_are_prompts():
@@ -264,3 +293,78 @@ def test_errors_come_before_gradio(monkeypatch, tmp_path):
         assert f"--port {port}: cannot listen there (Address already" in main("--ckpt", tmp_path, "--port", port)
     assert "--port 70000: cannot listen" in main("--ckpt", tmp_path, "--port", 70000)
     assert ("gradio" in sys.modules) == ("gradio" in loaded_before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("gradio") is None, reason="no gradio here (pip install -r requirements-demo.txt)")
+def test_the_page_in_a_browser(desk, browser, monkeypatch):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def find(name: str, inside: str = ""):
+        return browser.find_element(By.CSS_SELECTOR, f"#{name} {inside}")
+
+    def until(condition) -> None:
+        WebDriverWait(browser, 60, poll_frequency=0.02).until(lambda _: condition())
+
+    def status() -> str:
+        return browser.execute_script("return document.querySelector('#status p').innerText")
+
+    def pictures() -> list[str]:
+        return browser.execute_script("return [...document.querySelectorAll('#stage img')].map(i => i.src)")
+
+    def draw() -> list[str]:
+        """What is seen once it is drawn."""
+        browser.execute_script("document.querySelector('#status p').innerText = ''")
+        find("draw").click()
+        until(lambda: "images in" in status())
+        return pictures()
+
+    def write(name: str, *keys) -> None:
+        field = find(name, "input")
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(*keys)
+
+    address = f"http://127.0.0.1:{(port := free_port())}/"
+    page = demo.make_page(desk)
+    demo.serve(page, "127.0.0.1", port)
+    try:
+        browser.get(address)
+        until(lambda: browser.find_elements(By.ID, "draw"))
+        write("steps", "6", Keys.TAB)
+        image, patches = draw()
+        assert "euler6-cfg2-seed0" in status() and len(find("stage").find_elements(By.CSS_SELECTOR, ".load")) == 4
+        (sheet,) = drawn(desk, wish(what=("0",), each=4, steps=6))
+        assert image == demo.data_uri(demo.png_bytes(sheet.grid))
+        assert patches == demo.data_uri(demo.png_bytes(sheet.patches(sheet.work.place(0, 0, 0), 0)))
+        with zipfile.ZipFile(io.BytesIO(b64decode(find("download").get_attribute("href").partition(",")[2]))) as file:
+            assert len(file.namelist()) == 6
+
+        find("evaluation", "input[type=range]").send_keys(Keys.END)
+        until(lambda: pictures()[1] != patches)
+        assert pictures() == [image, demo.data_uri(demo.png_bytes(sheet.patches(sheet.work.place(0, 0, 5), 0)))]
+
+        write("what", "3", Keys.ENTER)
+        find("beside", "input").click()
+        seen = draw()
+        assert len(seen) == 4 and image not in seen
+        write("what", "cat", Keys.ENTER)
+        find("draw").click()
+        until(lambda: "class label 'cat'" in status())
+
+        write("what", "2", Keys.ENTER)
+        write("steps", "250", Keys.TAB)
+        evaluated, estimate = [], desk.loaded.objective.estimate
+        monkeypatch.setattr(desk.loaded.objective, "estimate", lambda *args: evaluated.append(1) or estimate(*args))
+        find("draw").click()
+        until(lambda: " of 500" in status() and pictures()[0] != seen[0])  # a preview
+        find("cancel").click()
+        until(lambda: status() == "cancelled")
+        desk.worker.submit(lambda: None).result()  # the drawing is over
+        assert status() == "cancelled" and 0 < len(evaluated) < 500
+        write("steps", "2", Keys.TAB)
+        assert len(draw()) == 4
+        assert all(url.startswith(address) for url in asked_for(browser))
+    finally:
+        page.close(verbose=False)
