@@ -185,10 +185,10 @@ def controls_of_experts(desk: live.Desk) -> View:
     layers = len(desk.loaded.model.config.moe_indices)
     halves = ["prompt" if desk.loaded.draws_from_texts else "class", "none"]
     return View(
-        gr.Slider(1, 2, 1, step=1, label="evaluation, from noise to image", scale=2, elem_id="evaluation"),
-        gr.Slider(1, max(2, layers), 1, step=1, label="layer", elem_id="layer"),
-        gr.Radio(halves, value=halves[0], type="index", label="half of the guided batch", elem_id="half"),
-        gr.Radio(RANKS, value=RANKS[0], type="index", label="expert of each patch", elem_id="rank"),
+        gr.Slider(1, 2, 1, step=1, label="from noise to image", scale=4, elem_id="evaluation"),
+        gr.Slider(1, max(2, layers), 1, step=1, label="layer", scale=2, elem_id="layer"),
+        gr.Radio(halves, value=halves[0], type="index", label="half of the guided batch", scale=3, elem_id="half"),
+        gr.Radio(RANKS, value=RANKS[0], type="index", label="expert of each patch", scale=3, elem_id="rank"),
     )
 
 
@@ -301,7 +301,8 @@ def finished(desk: live.Desk, wish: live.Wish, sheets: list[live.Sheet], seconds
     content = data_uri(desk.archive(wish, sheets), "application/zip")
     count = sum(len(sheet.images) for sheet in sheets)
     link = f'<a id="download" download="{name}" href="{content}">download</a>'
-    return f"<p>{count} images in {seconds:.1f} s · {html.escape(str(sheets[0].settings))}, {link}</p>"
+    images = "image" if count == 1 else "images"
+    return f"<p>{count} {images} in {seconds:.1f} s · {html.escape(str(sheets[0].settings))}, {link}</p>"
 
 
 STYLE = """
