@@ -160,7 +160,8 @@ SETUPS = {
     "expert choice": routed("expert-choice"),
     "batch pool": routed("batch-pool"),
     "prototypes": routed("prototypes"),
-    "softmax, Muon": replace(SOFTMAX, optimizer="muon"),
+    "softmax, twice the rate": replace(SOFTMAX, lr=2 * LR),  # the best of the trials, of both optimizers
+    "softmax, Muon": replace(SOFTMAX, optimizer="muon", lr=2 * LR),
     **TRIALS,
     "softmax, afterwards": replace(SOFTMAX, schedule="constant", lengths=LENGTHS, guides=GUIDES, scales=SCALES),
     "RoPE": Setup(dict(num_experts=0, positions="rope2d")),
@@ -177,7 +178,7 @@ EXPERIMENTS = {
         *("sigmoid, bias", "expert choice", "batch pool", "prototypes"),
     ),
     "parts": ("dense", "RoPE", "SwiGLU", "RoPE, SwiGLU"),  # dense: a table of sine and cosine, GELU
-    "optimizers": ("softmax", "softmax, Muon", *TRIALS),
+    "optimizers": ("softmax", "softmax, twice the rate", "softmax, Muon", *TRIALS),
     "averages": ("softmax, afterwards",),
     "guides": ("softmax, afterwards",),
 }
