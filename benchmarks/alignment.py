@@ -23,7 +23,6 @@ from benchmarks.evidence import BASE, SCENES, SceneScorer, interval, sample
 from configuration import DiTConfig, build_config
 from models import DiT
 from representation import Alignment, Encoder
-from sampling import Settings
 from scripts.digits import split_digits
 
 WIDTH, PATCH, SIDE = 64, 4, 4  # of the encoder; pixels of its patches; places in a row, which are the DiT's
@@ -70,7 +69,7 @@ def main(args) -> None:
             aligned = aligned_with(encoders, model.config, setup, args)
             points = train(model, training, held_out, seed, 0, args.steps, args.eval_every, draws=1, alignment=aligned)
             losses[name].append(np.stack([point.losses.numpy() for point in points[1:]]))  # (P, N)
-            images = sample(model.eval(), FLOW, Settings(STEPS, "euler", seed=seed), SAMPLES)
+            images = sample(model.eval(), FLOW, f"euler {STEPS}", SAMPLES, seed)
             right[name].append(scorer.recognised(images))  # (n,)
             seconds = points[-1].seconds / args.steps
             loss = losses[name][-1][-1].mean()
