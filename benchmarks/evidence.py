@@ -117,6 +117,8 @@ def routed(router: str, *balance: str, **more) -> Setup:
     return Setup(dict(router=router) | more, **options)
 
 
+ALWAYS_ON = dict(num_experts=1, num_experts_per_tok=1, expert_ratio=2.0)
+MUON = dict(optimizer="muon", lr=2 * LR)
 SOFTMAX = routed("softmax", "aux")
 RATES = (2e-3, 4e-3, 8e-3)
 TRIALS = {  # of learning rates
@@ -133,7 +135,7 @@ ROUTING = dict(part=0.5, samples={})  # the load of experts settles early
 SETUPS = {
     "8 experts": Setup(samples=sweep(FLOW) | JUDGED),
     "dense": Setup(dict(num_experts=0)),
-    "1 expert": Setup(dict(num_experts=1, num_experts_per_tok=1, expert_ratio=2.0)),
+    "1 expert": Setup(ALWAYS_ON),
     "4 experts": Setup(dict(num_experts=4)),
     "16 experts": Setup(dict(num_experts=16)),
     "8 experts, normalized": Setup(dict(norm_topk_prob=True)),  # weights of a token's experts sum to 1
@@ -151,7 +153,7 @@ SETUPS = {
     "shallow half": Setup(dict(moe_layers="shallow-half")),
     "every second": Setup(dict(moe_layers="every-2")),
     "dense, scenes": routed("softmax", num_experts=0),
-    "1 expert, scenes": routed("softmax", "none", num_experts=1, num_experts_per_tok=1, expert_ratio=2.0),
+    "1 expert, scenes": routed("softmax", "none", **ALWAYS_ON),
     "softmax, 4": routed("softmax", "aux", num_experts=4),
     "softmax": SOFTMAX,
     "softmax, 16": routed("softmax", "aux", num_experts=16),
@@ -161,7 +163,11 @@ SETUPS = {
     "batch pool": routed("batch-pool"),
     "prototypes": routed("prototypes"),
     "softmax, twice the rate": replace(SOFTMAX, lr=2 * LR),  # the best of the trials, of both optimizers
-    "softmax, Muon": replace(SOFTMAX, optimizer="muon", lr=2 * LR),
+    "softmax, Muon": replace(SOFTMAX, **MUON),
+    "dense, Muon": replace(routed("softmax", num_experts=0), **MUON),
+    "1 expert, Muon": replace(routed("softmax", "none", **ALWAYS_ON), **MUON),
+    "softmax, 16, Muon": replace(routed("softmax", "aux", num_experts=16), **MUON),
+    "softmax, 16, Muon, shorter": replace(routed("softmax", "aux", num_experts=16), part=0.875, **MUON),
     **TRIALS,
     "softmax, afterwards": replace(SOFTMAX, schedule="constant", lengths=LENGTHS, guides=GUIDES, scales=SCALES),
     "RoPE": Setup(dict(num_experts=0, positions="rope2d")),
@@ -178,6 +184,7 @@ EXPERIMENTS = {
         *("sigmoid, bias", "expert choice", "batch pool", "prototypes"),
     ),
     "parts": ("dense", "RoPE", "SwiGLU", "RoPE, SwiGLU"),  # dense: a table of sine and cosine, GELU
+    "muon": ("dense, Muon", "1 expert, Muon", "softmax, Muon", "softmax, 16, Muon", "softmax, 16, Muon, shorter"),
     "optimizers": ("softmax", "softmax, twice the rate", "softmax, Muon", *TRIALS),
     "averages": ("softmax, afterwards",),
     "guides": ("softmax, afterwards",),
@@ -632,6 +639,7 @@ REPORTS = {
     "balance": report_balance,
     "samplers": report_samplers,
     "routers": functools.partial(report_experts, to="dense, scenes"),
+    "muon": functools.partial(report_experts, to="dense, Muon"),
     "places": functools.partial(report_differences, to="8 experts"),
     "parts": functools.partial(report_differences, to="dense"),
     "optimizers": report_optimizers,
