@@ -1,6 +1,8 @@
 """What the tests share: golden data, tiny models and data sets, and a way to run the scripts as a user does."""
 
 import atexit
+import functools
+import importlib
 import json
 import os
 import runpy
@@ -66,6 +68,12 @@ def images(tmp_path) -> Path:
     return write_images(tmp_path / "images")
 
 
+@pytest.fixture
+def few_grid_steps(monkeypatch) -> None:
+    """Images that are drawn while training take 4 sampling steps instead of 50: each is a pass of every process."""
+    monkeypatch.setattr("training.GRID_STEPS", 4)
+
+
 def script(*arguments, cwd=ROOT, processes: int = 1, check: int | None = 0, env: dict | None = None):
     """Run a script as `__main__`, in a process of its own or in several of one group, and return how that ended.
 
@@ -93,7 +101,38 @@ def script(*arguments, cwd=ROOT, processes: int = 1, check: int | None = 0, env:
     return subprocess.CompletedProcess(arguments, code, out, err)
 
 
+class Started:
+    """A script like `script`'s in one process, which is not waited for: to be killed or stopped in between.
+
+    It leads a process group of its own. What it prints goes to two files `name` in `folder`.
+    """
+
+    def __init__(self, *arguments, folder: Path, name: str = "started", env: dict | None = None):
+        self.files = [folder / f"{name}.{stream}" for stream in ("out", "err")]
+        self.pid = _fork(arguments, ROOT, env or {}, self.files)
+        self.code = None
+
+    def wait(self) -> tuple[int, str, str]:
+        """Its exit code (minus the number of the signal that ended it) and what it has printed."""
+        if self.code is None:
+            self.code = _wait_for({self.pid: 0})[0]
+        return self.code, *(file.read_text(errors="backslashreplace") for file in self.files)
+
+    def end(self) -> None:
+        if self.code is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+
+
+@functools.cache
+def import_for_children() -> None:
+    """What scripts import only where they need it, once, instead of in each forked process."""
+    for name in ("torchvision.datasets.folder", "torch.utils.tensorboard", "analysis.plots"):
+        importlib.import_module(name)
+
+
 def _fork(arguments, cwd: Path, env: dict, outputs: list[Path]) -> int:
+    import_for_children()
     sys.stdout.flush()
     sys.stderr.flush()
     if pid := os.fork():

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_json, script
+from conftest import ROOT, import_for_children, read_json, script
 from faults import Child
 from PIL import Image
 from safetensors.torch import load_file
@@ -41,6 +41,9 @@ def imported():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
         train_deepspeed.import_deepspeed("cpu")
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  its optimizers import this, and that inductor
+
+        import_for_children()
         yield
 
 
@@ -125,6 +128,7 @@ def cut_back(run: Path, step: int, to: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_grid_steps")
 def test_every_stage_follows_ddp_and_resumes(images):
     """fp32, with accumulation, clipping, decay and a strong balance loss: curve, weights, EMA and sample grid.
 

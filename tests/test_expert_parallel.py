@@ -50,7 +50,8 @@ def in_a_group(rank: int, size: int, store: str, function, *arguments) -> None:
 
 
 def spawn(tmp_path: Path, size: int, function, *arguments) -> None:
-    torch.multiprocessing.spawn(in_a_group, (size, str(tmp_path / "store"), function, *arguments), nprocs=size)
+    arguments = (size, str(tmp_path / "store"), function, *arguments)
+    torch.multiprocessing.start_processes(in_a_group, arguments, nprocs=size, start_method="fork")
 
 
 def compare_with_one_process(rank: int, size: int, over: int, expert_mlp: str, skewed: bool, dtype) -> None:
@@ -140,6 +141,7 @@ def test_refusals(images, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_grid_steps")
 def test_one_curve_at_any_number(images):
     """Runs of 4 and 2 processes, experts dealt over 4, 2 and 1 of them, resumed from each other: one curve.
 

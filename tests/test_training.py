@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, read_json, script
+from conftest import ROOT, Started, free_port, read_json, script
 from safetensors.torch import load_file
 from torch.torch_version import TorchVersion
 
@@ -201,12 +201,13 @@ def test_two_processes_equal_one(images):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_grid_steps")
 def test_sharded_and_elastic(images):
     """DDP, FSDP and SDP on 1, 2 and 4 processes, resumed from each other's checkpoints in mid-epoch: one curve.
 
-    Epochs have 5 steps; the checkpoints are of steps 7 and 14.
+    Epochs have 5 steps; the checkpoints are of steps 4 and 8.
     """
-    flags = [*TINY, "--data-path", images, "--global-batch-size", 8, "--log-every", 1, "--ckpt-every", 7]
+    flags = [*TINY, "--data-path", images, "--global-batch-size", 8, "--log-every", 1, "--ckpt-every", 4]
     flags += ["--aux-loss-alpha", "0.1", "--accum_iter", 2, "--grad-clip", 1, "--weight-decay", "0.1"]
     flags += ["--mup", "--base-width", 16]
 
@@ -216,53 +217,47 @@ def test_sharded_and_elastic(images):
         script("train.py", *flags_now, processes=processes)
         return max(results_dir.iterdir())
 
-    whole = go("whole", "ddp", 1, 20)
-    elastic = go("elastic", "fsdp", 2, 7)
-    go("elastic", "sdp", 4, 14, "--resume", "auto", "--sample-every", 10)
-    go("elastic", "ddp", 2, 17, "--resume", "auto", "--sample-every", 17)
-    go("elastic", "fsdp", 2, 20, "--resume", "auto", "--sample-every", 20)
+    whole = go("whole", "ddp", 1, 12)
+    elastic = go("elastic", "fsdp", 2, 4)
+    go("elastic", "sdp", 4, 8, "--resume", "auto", "--sample-every", 6)
+    go("elastic", "ddp", 2, 9, "--resume", "auto", "--sample-every", 9)
+    go("elastic", "fsdp", 2, 12, "--resume", "auto", "--sample-every", 12)
     for a, b in zip(metrics(whole), metrics(elastic), strict=True):
         for key in ("loss", "balance_loss", "load_cv"):
             assert a[key] == pytest.approx(b[key], rel=1e-5), (a["step"], key)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-    assert (elastic / "checkpoints" / "0000014" / "sharded").is_dir()
-    assert not (elastic / "checkpoints" / "0000017" / "sharded").exists()
-    for name, weight in tensors(whole, "ema", 20).items():
-        torch.testing.assert_close(tensors(elastic, "ema", 20)[name], weight, rtol=0, atol=2e-5)
-    assert (elastic / "samples" / "0000020.png").is_file()
+    assert (elastic / "checkpoints" / "0000008" / "sharded").is_dir()
+    assert not (elastic / "checkpoints" / "0000009" / "sharded").exists()
+    for name, weight in tensors(whole, "ema", 12).items():
+        torch.testing.assert_close(tensors(elastic, "ema", 12)[name], weight, rtol=0, atol=2e-5)
+    assert (elastic / "samples" / "0000012.png").is_file()
     loaded = checkpoint.load_weights(elastic)
-    assert loaded.source.name == "0000020" and loaded.record["objective"]["name"] == "rf"
+    assert loaded.source.name == "0000012" and loaded.record["objective"]["name"] == "rf"
 
 
-def start_two(images: Path, port: int, *flags) -> list[subprocess.Popen]:
+def started(images: Path, *flags, name: str = "started", env: dict | None = None) -> Started:
+    command = ["train.py", *TINY, "--data-path", images, "--results-dir", images.parent / "results"]
+    command += ["--global-batch-size", 8, "--log-every", 1, *flags]
+    return Started(*command, folder=images.parent, name=name, env=env)
+
+
+def start_two(images: Path, *flags) -> list[Started]:
     """Two processes as a launcher on two machines would start them, without one that cleans up."""
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--data-path", str(images), *map(str, flags)]
-    command += ["--results-dir", str(images.parent / "results"), "--global-batch-size", "8", "--log-every", "1"]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
-    return [
-        subprocess.Popen(
-            command,
-            env=os.environ | common | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+    return [started(images, *flags, name=f"process{rank}", env=group | {"RANK": str(rank)}) for rank in range(2)]
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step(images):
-    first, second = start_two(images, 29581, "--max-steps", 100_000, "--ckpt-every", 100_000)
+    first, second = start_two(images, "--max-steps", 100_000, "--ckpt-every", 100_000)
     try:
         wait_for_step(images, 3)
-        second.send_signal(signal.SIGTERM)
-        codes = [process.wait(timeout=600) for process in (first, second)]
-        assert codes == [143, 143], first.communicate()[1]
+        os.kill(second.pid, signal.SIGTERM)
+        codes = [process.wait()[0] for process in (first, second)]
+        assert codes == [143, 143], first.wait()
     finally:
-        for process in (first, second):
-            process.kill()
-            process.communicate()
+        first.end()
+        second.end()
     run = next((images.parent / "results").iterdir())
     (saved,) = checkpoint.checkpoints_of(run)
     checkpoint.verify(saved)
@@ -272,17 +267,16 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(images):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_stopped_or_dead_process_ends_the_others(images, number):
-    first, second = start_two(images, 29577 + number, "--max-steps", 100_000, "--timeout", 6)
+    first, second = start_two(images, "--max-steps", 100_000, "--timeout", 6)
     try:
         wait_for_step(images, 3)
-        second.send_signal(number)
-        _, errors = first.communicate(timeout=600)
-        assert first.returncode == 1, errors
+        os.kill(second.pid, number)
+        code, _, errors = first.wait()
+        assert code == 1, errors
         assert "train.py: stopped: lost another process" in errors and "Traceback" not in errors, errors
     finally:
-        for process in (first, second):
-            process.kill()
-            process.wait()
+        first.end()
+        second.end()
 
 
 @pytest.mark.slow
@@ -502,14 +496,6 @@ def test_resume_refuses_changed_data_unless_told(images, capsys):
     assert (run / "checkpoints" / "0000002").is_dir()
 
 
-def start_training(images: Path, *flags) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--data-path", str(images)]
-    command += ["--results-dir", str(images.parent / "results"), "--global-batch-size", "8", "--resume", "auto"]
-    return subprocess.Popen(
-        [*command, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
-    )
-
-
 def wait_for_step(images: Path, step: int) -> None:
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
@@ -522,13 +508,13 @@ def wait_for_step(images: Path, step: int) -> None:
 
 @pytest.mark.slow
 def test_killed_run_restarts_with_the_same_command(images):
-    flags = ["--max-steps", 40, "--log-every", 1, "--ckpt-every", 2]
-    process = start_training(images, *flags)
+    flags = ["--max-steps", 40, "--ckpt-every", 2, "--resume", "auto"]
+    process = started(images, *flags)
     wait_for_step(images, 15)
-    process.kill()
-    process.wait()
-    again = start_training(images, *flags)
-    assert "resumed from" in again.communicate()[0] and again.returncode == 0
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait()[0] == -signal.SIGKILL
+    code, output, _ = started(images, *flags, name="again").wait()
+    assert "resumed from" in output and code == 0
     killed = next((images.parent / "results").iterdir())
     whole = run_train(images, "--ckpt-every", "40", steps=40, results="whole")
     assert metrics(killed) == metrics(whole)
@@ -540,12 +526,12 @@ def test_killed_run_restarts_with_the_same_command(images):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_saves_the_last_step(images, number, code):
     """Sent to the whole process group, as terminals and schedulers do: the workers go on until the step is done."""
-    flags = ["--max-steps", 100_000, "--log-every", 1, "--ckpt-every", 100_000, "--num-workers", 2, "--accum_iter", 8]
-    process = start_training(images, *flags)
+    flags = ["--max-steps", 100_000, "--ckpt-every", 100_000, "--num-workers", 2, "--accum_iter", 8]
+    process = started(images, *flags)
     wait_for_step(images, 5)
     os.killpg(process.pid, number)
-    output = process.communicate(timeout=600)[0]
-    assert process.returncode == code and "stopped by a signal after step" in output
+    ended, output, errors = process.wait()
+    assert ended == code and "stopped by a signal after step" in output + errors
     run = next((images.parent / "results").iterdir())
     (saved,) = checkpoint.checkpoints_of(run)
     checkpoint.verify(saved)
