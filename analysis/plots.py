@@ -194,9 +194,10 @@ def layer_panels(data: RoutingData, height: float = 0, aspect: float | None = No
     size = (columns * width + 1.6, rows * (height + (0.22 if aspect else 0.3)) + 0.9)
     figure = Figure(figsize=size, layout="compressed" if aspect else "constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.08 if aspect else 0.02, hspace=0.02)
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()  # sharing axes costs the square of their number
     for axes, layer in zip(panels, layers, strict=False):
         axes.set_title(f"layer {layer}", pad=3)
+        axes.label_outer()
     for axes in panels[len(layers) :]:
         axes.set_visible(False)
     return figure, panels[: len(layers)]

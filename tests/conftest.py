@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -85,10 +86,9 @@ def script(*arguments, cwd=ROOT, processes: int = 1, check: int | None = 0, env:
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [[Path(folder) / f"{rank}.{name}" for name in ("out", "err")] for rank in range(processes)]
-        group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+        group = group_of(processes) if processes > 1 else [{}]
         children = {}
-        for rank, files in enumerate(outputs):
-            place = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        for rank, (files, place) in enumerate(zip(outputs, group, strict=True)):
             folder_of_rank = cwd[rank] if isinstance(cwd, list) else cwd
             children[_fork(arguments, folder_of_rank, place | (env or {}), files)] = rank
         codes = _wait_for(children)
@@ -124,11 +124,34 @@ class Started:
             self.wait()
 
 
+def started_together(*arguments, processes: int, folder: Path) -> list[Started]:
+    """The processes of one group, without a launcher that would clean up after one that is killed."""
+    group = enumerate(group_of(processes))
+    return [Started(*arguments, folder=folder, name=f"process{rank}", env=place) for rank, place in group]
+
+
+def group_of(processes: int) -> list[dict[str, str]]:
+    """What a launcher puts into the environment of each process."""
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
 @functools.cache
 def import_for_children() -> None:
     """What scripts import only where they need it, once, instead of in each forked process."""
     for name in ("torchvision.datasets.folder", "torch.utils.tensorboard", "analysis.plots"):
         importlib.import_module(name)
+
+
+@functools.cache
+def import_deepspeed() -> None:
+    """Before a fork too, with what its optimizers import: seconds each time."""
+    import train_deepspeed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        train_deepspeed.import_deepspeed("cpu")
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def _fork(arguments, cwd: Path, env: dict, outputs: list[Path]) -> int:
@@ -138,6 +161,7 @@ def _fork(arguments, cwd: Path, env: dict, outputs: list[Path]) -> int:
     if pid := os.fork():
         return pid
     code = 1
+    gc.freeze()  # what it was born with: looking through that again and again costs more than its own work
     try:
         os.setsid()
         atexit._clear()  # of this process's functions

@@ -5,8 +5,6 @@ import itertools
 import json
 import math
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import faults
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, asked_for
+from conftest import ROOT, asked_for, script
 from sklearn.metrics import mutual_info_score
 from test_sampling import publish, random_model
 from test_training import run_train
@@ -280,10 +278,7 @@ class SILENT:
 def test_two_processes_write_the_same_bytes(ckpt, tmp_path):
     flags = ["--images-per-class", 3]  # 3 batches for 2 processes
     record(ckpt, tmp_path / "one.npz", *flags)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command = [*launcher, "-m", "analysis.expert_data", *argv(ckpt, tmp_path / "two.npz", *flags)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
+    result = script("analysis/expert_data.py", *argv(ckpt, tmp_path / "two.npz", *flags), processes=2)
     assert result.stdout.count("12 images") == 2  # before and after, once each
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
 
@@ -306,9 +301,9 @@ def test_wrong_input(ckpt, tmp_path):
         run(heatmaps, tmp_path / "data.npz", "--half", "unconditional")
     whole = (tmp_path / "data.npz").read_bytes()
     (tmp_path / "data.npz").write_bytes(whole[: len(whole) // 2])
-    for script in (heatmaps, report):
+    for tool in (heatmaps, report):
         with pytest.raises(UsageError, match="not a whole file of routing data"):
-            run(script, tmp_path / "data.npz")
+            run(tool, tmp_path / "data.npz")
         with pytest.raises(UsageError, match="not a whole file of routing data.*No such file"):
             run(script, tmp_path / "absent.npz")
     refused("not a whole file of routing data", "--cfg-scale", 1)
@@ -499,9 +494,9 @@ def test_files_that_disagree_with_themselves_are_refused(tmp_path, change, messa
         about = json.dumps(json.loads(str(arrays["about"])) | about)
     arrays = {name: value for name, value in (arrays | change).items() if value is not None}
     np.savez(path, **(arrays | {"about": np.array(about)}))
-    for script in (report, heatmaps):
+    for tool in (report, heatmaps):
         with pytest.raises(UsageError, match=message):
-            run(script, path)
+            run(tool, path)
 
 
 @pytest.mark.slow

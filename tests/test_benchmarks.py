@@ -283,9 +283,9 @@ def test_profile_lists_what_takes_the_time(tmp_path, monkeypatch):
 
 
 def test_quickstart_times_the_stages(tmp_path, monkeypatch):
-    script = tmp_path / "quickstart.sh"
-    script.write_text('echo "== Data: some"; sleep 0.1; echo "== Result"; echo "$STEPS good"; echo "picture: no"')
-    monkeypatch.setattr(quickstart, "SCRIPT", script)
+    fake = tmp_path / "quickstart.sh"
+    fake.write_text('echo "== Data: some"; sleep 0.1; echo "== Result"; echo "$STEPS good"; echo "picture: no"')
+    monkeypatch.setattr(quickstart, "SCRIPT", fake)
     record = run(quickstart, tmp_path, "--steps", "7")
     (rows,) = record["tables"]["quick start"].values()
     assert [row["stage"] for row in rows] == ["Data", "Result", "all"] and rows[0]["s"] > 0.09

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, import_for_children, read_json, script
+from conftest import ROOT, import_deepspeed, import_for_children, read_json, script
 from faults import Child
 from PIL import Image
 from safetensors.torch import load_file
@@ -40,9 +40,7 @@ def imported():
     """Once, before any fork: it takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
-        train_deepspeed.import_deepspeed("cpu")
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  its optimizers import this, and that inductor
-
+        import_deepspeed()
         import_for_children()
         yield
 
@@ -275,9 +273,7 @@ def test_a_full_disk_on_one_process_costs_a_checkpoint_and_no_more(images, monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "processes"), [("torch.distributed.launch", 2), ("torchrun", 1), ("deepspeed", 1)]
-)
+@pytest.mark.parametrize(("launcher", "processes"), [("torch.distributed.launch", 2), ("deepspeed", 1)])
 def test_published_commands(images, launcher, processes):
     """Batch of one GPU, `--rf True`, a relative config, and whatever the launcher adds."""
     with socket.socket() as probe:
@@ -291,7 +287,6 @@ def test_published_commands(images, launcher, processes):
             f"--nproc_per_node={processes}",
             f"--master_port={port}",
         ],
-        "torchrun": ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"],
         "deepspeed": ["-m", "deepspeed.launcher.runner", f"--num_gpus={processes}", f"--master_port={port}"],
     }[launcher]
     command = [sys.executable, *start, "train_deepspeed.py", "--deepspeed_config", "config/zero2.json"]
@@ -385,13 +380,6 @@ def test_checkpoints_of_others_are_refused(images):
 def test_absent_package_is_one_line(images, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert "train_deepspeed.py needs DeepSpeed" in refused(images, capsys, {}, *BATCH)
-
-
-def test_help_does_not_import_deepspeed():
-    code = (
-        "import sys, train_deepspeed; train_deepspeed.get_parser().format_help(); sys.exit('deepspeed' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_selective_checkpointing_does_not_go_with_zero3():

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import faults
 import numpy as np
 import pytest
-from conftest import script
+from conftest import import_deepspeed, script
 from test_training import TINY, metrics
 from torch.distributed.checkpoint import filesystem
 
@@ -34,6 +34,8 @@ several_trainers = pytest.mark.parametrize("trainer", ["sdp", "ZeRO-1"])
 
 def command(trainer: str, images: Path, *flags) -> list:
     name, *own = TRAINERS[trainer]
+    if name == "train_deepspeed.py":
+        import_deepspeed()
     config = Path(__file__).parent.parent / "config"
     return [name, *(part.format(root=config) for part in own), *COMMON, "--data-path", images, *flags]
 

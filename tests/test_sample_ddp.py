@@ -1,5 +1,6 @@
 """Many images over all processes: the same set whoever draws it, resumed without redoing, in a file that streams."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +17,7 @@ import faults
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, script, started_together
 from PIL import Image
 from test_sampling import publish, random_model
 from test_scripts import accepted_by, bash, flags, torchrun  # noqa: F401 (a fixture)
@@ -232,10 +234,20 @@ def assert_same_set(folder: Path, expected: Path) -> None:
     assert {p.name for p in folder.iterdir()} == {p.name for p in expected.iterdir()}
 
 
+@contextlib.contextmanager
+def slow_batches():
+    """In processes that begin here: time to kill them before they are done."""
+    once = sample_ddp.draw_batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_ddp, "draw_batch", lambda *a: (time.sleep(0.3), once(*a))[1])
+        yield
+
+
 def test_killed_and_resumed(ckpt, tmp_path, drawn, capsys):
-    flags = ["--num-fid-samples", 40, "--per-proc-batch-size", 2, "--num-sampling-steps", 20]
+    flags = ["--num-fid-samples", 40, "--per-proc-batch-size", 2]
     whole = draw(ckpt, tmp_path / "whole", *flags)
-    child = faults.Child(lambda: draw(ckpt, tmp_path / "cut", *flags), tmp_path / "output.txt")
+    with slow_batches():
+        child = faults.Child(lambda: draw(ckpt, tmp_path / "cut", *flags), tmp_path / "output.txt")
     faults.wait_until(lambda: len(parts(tmp_path / "cut")) >= 3)
     child.kill()
     assert child.wait() == -signal.SIGKILL, (tmp_path / "output.txt").read_text()
@@ -255,15 +267,6 @@ def test_killed_and_resumed(ckpt, tmp_path, drawn, capsys):
     assert (cut / "samples.npz").stat().st_mtime_ns == stamp
 
 
-def is_alive(pid: str) -> bool:
-    """Neither gone nor a zombie, which is what it becomes where nobody waits for it."""
-    status = Path(f"/proc/{pid}/stat")
-    try:
-        return status.read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def held(place: Path) -> bool:
     """A killed process lets its locks go when the last of its threads has ended."""
     with open(next(place.glob("*/.lock")), "r+") as file:
@@ -276,17 +279,15 @@ def held(place: Path) -> bool:
 
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed_by_one(ckpt, tmp_path, drawn):
-    flags = ["--num-fid-samples", 61, "--per-proc-batch-size", 2, "--num-sampling-steps", 40]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "sample_ddp.py")]
-    command = [sys.executable, *launcher, *argv(ckpt, tmp_path / "cut", *flags)]
-    with open(tmp_path / "output.txt", "wb") as output:
-        job = subprocess.Popen(command, stdout=output, stderr=output)
-        faults.wait_until(lambda: len(parts(tmp_path / "cut")) >= 4 or job.poll() is not None)
-        workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-        for pid in (job.pid, *map(int, workers)):
-            os.kill(pid, signal.SIGKILL)
-        job.wait()
-    faults.wait_until(lambda: not any(is_alive(pid) for pid in workers) and not held(tmp_path / "cut"))
+    flags = ["--num-fid-samples", 61, "--per-proc-batch-size", 2]
+    command = ["sample_ddp.py", *argv(ckpt, tmp_path / "cut", *flags)]
+    with slow_batches():
+        pair = started_together(*command, processes=2, folder=tmp_path)
+    faults.wait_until(lambda: len(parts(tmp_path / "cut")) >= 4)
+    for process in pair:
+        os.kill(process.pid, signal.SIGKILL)
+    assert [process.wait()[0] for process in pair] == [-signal.SIGKILL] * 2
+    faults.wait_until(lambda: not held(tmp_path / "cut"))
     finished = finished_batches(tmp_path / "cut", 2)
     before = finished_files(tmp_path / "cut", 2)
     cut = draw(ckpt, tmp_path / "cut", *flags)

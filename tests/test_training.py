@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, Started, free_port, read_json, script
+from conftest import ROOT, Started, read_json, script, started_together
 from safetensors.torch import load_file
 from torch.torch_version import TorchVersion
 
@@ -235,21 +235,15 @@ def test_sharded_and_elastic(images):
     assert loaded.source.name == "0000012" and loaded.record["objective"]["name"] == "rf"
 
 
-def started(images: Path, *flags, name: str = "started", env: dict | None = None) -> Started:
-    command = ["train.py", *TINY, "--data-path", images, "--results-dir", images.parent / "results"]
-    command += ["--global-batch-size", 8, "--log-every", 1, *flags]
-    return Started(*command, folder=images.parent, name=name, env=env)
-
-
-def start_two(images: Path, *flags) -> list[Started]:
-    """Two processes as a launcher on two machines would start them, without one that cleans up."""
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
-    return [started(images, *flags, name=f"process{rank}", env=group | {"RANK": str(rank)}) for rank in range(2)]
+def command_of(images: Path, *flags) -> list:
+    place = ["--data-path", images, "--results-dir", images.parent / "results"]
+    return ["train.py", *TINY, *place, "--global-batch-size", 8, "--log-every", 1, *flags]
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step(images):
-    first, second = start_two(images, "--max-steps", 100_000, "--ckpt-every", 100_000)
+    command = command_of(images, "--max-steps", 100_000, "--ckpt-every", 100_000)
+    first, second = started_together(*command, processes=2, folder=images.parent)
     try:
         wait_for_step(images, 3)
         os.kill(second.pid, signal.SIGTERM)
@@ -267,7 +261,8 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(images):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_stopped_or_dead_process_ends_the_others(images, number):
-    first, second = start_two(images, "--max-steps", 100_000, "--timeout", 6)
+    command = command_of(images, "--max-steps", 100_000, "--timeout", 6)
+    first, second = started_together(*command, processes=2, folder=images.parent)
     try:
         wait_for_step(images, 3)
         os.kill(second.pid, number)
@@ -508,13 +503,12 @@ def wait_for_step(images: Path, step: int) -> None:
 
 @pytest.mark.slow
 def test_killed_run_restarts_with_the_same_command(images):
-    flags = ["--max-steps", 40, "--ckpt-every", 2, "--resume", "auto"]
-    process = started(images, *flags)
+    command = command_of(images, "--max-steps", 40, "--ckpt-every", 2, "--resume", "auto")
+    process = Started(*command, folder=images.parent)
     wait_for_step(images, 15)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait()[0] == -signal.SIGKILL
-    code, output, _ = started(images, *flags, name="again").wait()
-    assert "resumed from" in output and code == 0
+    assert "resumed from" in script(*command).stdout
     killed = next((images.parent / "results").iterdir())
     whole = run_train(images, "--ckpt-every", "40", steps=40, results="whole")
     assert metrics(killed) == metrics(whole)
@@ -527,7 +521,7 @@ def test_killed_run_restarts_with_the_same_command(images):
 def test_signal_saves_the_last_step(images, number, code):
     """Sent to the whole process group, as terminals and schedulers do: the workers go on until the step is done."""
     flags = ["--max-steps", 100_000, "--ckpt-every", 100_000, "--num-workers", 2, "--accum_iter", 8]
-    process = started(images, *flags)
+    process = Started(*command_of(images, *flags), folder=images.parent)
     wait_for_step(images, 5)
     os.killpg(process.pid, number)
     ended, output, errors = process.wait()
