@@ -10,4 +10,5 @@ export OMP_NUM_THREADS=1 # the tests' tensors are too small to share among threa
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m pytest -n 2 --dist loadfile --durations 10 "$@" # more workers only if the machine has cores for them: -n 8
+# More workers only if the machine has cores for them: -n 8. They take the files in the order of tests/conftest.py.
+"$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10 "$@"

@@ -38,6 +38,15 @@ torch.ones(1, requires_grad=True).sum().backward()
 traces_fp32 = pytest.mark.skipif(torch.__version__ < "2.15", reason="PyTorch before 2.15 traces bf16 experts alone")
 
 
+LONGEST = ("scripts", "deepspeed", "expert_parallel", "training", "analysis", "metrics", "cli", "evidence")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: of several workers none is left with one of them while the others have nothing to do."""
+    rank = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 class Golden:
     """One file of reference numbers: `golden["in.x"]`, `golden.part("model.")`."""
 
