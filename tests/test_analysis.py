@@ -305,15 +305,15 @@ def test_wrong_input(ckpt, tmp_path):
         with pytest.raises(UsageError, match="not a whole file of routing data"):
             run(tool, tmp_path / "data.npz")
         with pytest.raises(UsageError, match="not a whole file of routing data.*No such file"):
-            run(script, tmp_path / "absent.npz")
+            run(tool, tmp_path / "absent.npz")
     refused("not a whole file of routing data", "--cfg-scale", 1)
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((1, 8, 8, 3), np.uint8))
     with pytest.raises(UsageError, match="not a whole file of routing data"):
         run(report, tmp_path / "images.npz")
 
 
-def run(script, *arguments) -> None:
-    script.main(script.get_parser().parse_args([str(argument) for argument in arguments]))
+def run(tool, *arguments) -> None:
+    tool.main(tool.get_parser().parse_args([str(argument) for argument in arguments]))
 
 
 # ---------------------------------------------------------------------------------------------------------------- maps
