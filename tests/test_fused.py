@@ -92,6 +92,9 @@ def test_swiglu(kernels, shape):
     torch.testing.assert_close(kernels.swiglu_backward(grad, gate_up.detach()), grads)
 
 
+@pytest.mark.skipif(
+    not ON_GPU and torch.__version__ < "2.15", reason="the interpreter of older Tritons loads no single values"
+)
 @pytest.mark.parametrize("size", [(7, 2, 20), (4, 1, 1100), (6, 3, 64), (0, 2, 8)], ids=str)
 def test_tokens_to_their_places_and_back(kernels, size):
     tokens, top_k, width = size
