@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import distributed
+
 
 class Child:
     """A forked process that runs `work`; its output goes to a file."""
@@ -58,6 +60,20 @@ class Child:
 
     def allow_any_file_size(self) -> None:
         resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def holder_of(folder: Path, output: Path) -> Child:
+    """A process that has claimed the folder and keeps it until it is killed."""
+
+    def hold():
+        claim = distributed.claim(folder, "no")
+        print("held", flush=True)
+        time.sleep(600)
+        claim.close()
+
+    child = Child(hold, output)
+    wait_until(lambda: output.exists() and "held" in output.read_text())
+    return child
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 600) -> None:

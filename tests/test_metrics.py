@@ -807,6 +807,7 @@ def test_two_processes_find_the_numbers_of_one(images, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_grid_steps")
 @pytest.mark.parametrize("sharing", ["ddp", "fsdp"])
 def test_metrics_while_two_processes_train(sharing, images, reference, tmp_path):
     """The numbers of one process, and the curve of a run without; 10 images in batches of 4 leave one process idle."""

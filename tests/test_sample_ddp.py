@@ -465,12 +465,8 @@ def test_a_set_goes_on_with_another_batch_size(ckpt, tmp_path, drawn):
 
 def test_two_commands_do_not_share_a_folder(ckpt, tmp_path):
     folder = interrupt(ckpt, tmp_path / "a", 1, "--num-fid-samples", 5, "--per-proc-batch-size", 2)
-    code = f"import distributed, pathlib, time; held = distributed.claim(pathlib.Path({str(folder)!r}), ''); "
-    other = subprocess.Popen(
-        [sys.executable, "-c", code + "print('held', flush=True); time.sleep(600)"], cwd=ROOT, stdout=subprocess.PIPE
-    )
+    other = faults.holder_of(folder, tmp_path / "holder.txt")
     try:
-        assert other.stdout.readline() == b"held\n"
         with pytest.raises(UsageError, match="another command draws into .*: wait for its end"):
             draw(ckpt, tmp_path / "a", "--num-fid-samples", 5, "--per-proc-batch-size", 2)
     finally:
