@@ -270,7 +270,8 @@ def cached_run(name: str, seed: int, args) -> Run:
     with replacing(path) as file:
         np.savez_compressed(file, settings=settings, **arrays)
     loss, seconds = arrays["losses"][-1].mean(), arrays["seconds"][-1]
-    print(f"seed {seed}  {name:<19} loss {loss:.4f}  {seconds:.0f} s of training", flush=True)
+    line = f"seed {seed}  {name:<19} loss {loss:.4f}  {seconds:.0f} s of training\n"
+    print(line, end="", flush=True)  # in one piece: several processes say theirs
     return arrays
 
 
