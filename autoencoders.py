@@ -239,6 +239,12 @@ def vae_below(args: argparse.Namespace, vae_path: str) -> str:
     return vae_path
 
 
+def place_of_space(args: argparse.Namespace, recorded: Mapping, channels: int) -> str:
+    """The `--vae-path` of a network: as said, or as its training recorded, or the usual one for so many channels."""
+    # Three channels are the colours of pixel space; the published networks work on Stable Diffusion's four.
+    return vae_below(args, args.vae_path or recorded.get("path") or ("none" if channels == 3 else "mse"))
+
+
 def read_statistics(path: str | Path | None) -> Statistics | None:
     """What `--latent-stats` names; None where it names nothing.
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import dit
-from cli import UsageError
+from cli import UsageError, first_line
 from configuration import UNSEEN, DiTConfig
 from families import family_for, to_published
 from models import DiT
@@ -98,7 +98,7 @@ def _read(path: Path) -> Shapes:
     except OSError as error:
         raise UsageError(f"base shapes {path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        reason = getattr(error, "problem", None) or first_line(error)
         raise UsageError(f"{path} is not a file of base shapes: {reason}") from None
     try:
         return check_record(content, Shapes, path)

@@ -44,6 +44,11 @@ def warn_once(line: str) -> None:
         print(f"WARNING: {line}", file=sys.stderr, flush=True)
 
 
+def first_line(error: Exception) -> str:
+    """Of a message, in which libraries may go on for pages."""
+    return str(error).partition("\n")[0]
+
+
 def boolean(text: str) -> bool:
     """`--rf`, `--rf True` and `--rf False` mean what they say (argparse's `type=bool` reads "False" as true)."""
     if text.lower() in ("true", "yes", "on", "1"):

@@ -8,18 +8,23 @@ from pathlib import Path
 import torch
 import torch._functorch.config as functorch
 
-from cli import UsageError
+from cli import UsageError, first_line
 from configuration import DiTConfig
 
 
+def by_itself(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether blocks are compiled, and kernels recorded, unasked: on a GPU in bf16, where no router asks the host."""
+    return device.type == "cuda" and dtype == torch.bfloat16 and not config.pools_batch
+
+
 def choose_compile(wanted: bool | str, config: DiTConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """`--compile`; `auto`: on a GPU in bf16, where every router can be traced.
+    """`--compile`; `auto` as `by_itself` says.
 
     Raises:
         UsageError: it is wanted where PyTorch is too old to trace grouped products of this dtype.
     """
     if wanted == "auto":
-        return device.type == "cuda" and dtype == torch.bfloat16 and not config.pools_batch
+        return by_itself(config, device, dtype)
     if wanted and config.num_experts and dtype != torch.bfloat16 and torch.__version__ < "2.15":
         what = f"--compile with experts in {str(dtype).removeprefix('torch.')}"
         raise UsageError(f"{what} needs PyTorch 2.15 or newer, this is {torch.__version__}; use --precision bf16")
@@ -55,7 +60,7 @@ class Compiling:
                 if not self.or_plain:
                     raise
                 self.given_up = True
-                self.note(f"WARNING: blocks run uncompiled, {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+                self.note(f"WARNING: blocks run uncompiled, {type(error).__name__}: {first_line(error)}")
                 return function(*args)
             if first:
                 self.note(f"blocks compiled, in {time.perf_counter() - began:.1f} s ({self.where})")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli import warn_once
+from cli import first_line, warn_once
 
 triton = None
 if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
@@ -42,7 +42,7 @@ def _works() -> bool:
         error = (swiglu(gate_up) - F.silu(gate_up[:, :32]) * gate_up[:, 32:]).abs().max().item()
         reason = f"its results are wrong by {error:.1e}" if error > 1e-5 else None
     except Exception as failure:  # whatever a compiler comes up with
-        reason = f"{type(failure).__name__}: {failure}".partition("\n")[0]
+        reason = f"{type(failure).__name__}: {first_line(failure)}"
     if reason is not None:
         warn_once(f"Triton does not work here ({reason}): eager products of experts are slower without its kernels")
     return reason is None

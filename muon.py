@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from layers import Attention, CrossAttention, Modulation, SharedModulation, roles_of
 from moe import SwiGLUExperts
-from optim import ADAMW, parameter_groups
+from optim import ADAMW, build_optimizer, parameter_groups
 from parametrization import is_mup
 
 MOMENTUM = 0.95
@@ -133,3 +133,6 @@ def build_muon(model: nn.Module, lr: float, weight_decay: float, eps: float, dec
     if mine["params"]:
         groups.append(mine | {"lr_factor": 1.0})
     return Muon(groups, **(ADAMW | {"eps": eps}))
+
+
+OPTIMIZERS = {"adamw": build_optimizer, "muon": build_muon}

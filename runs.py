@@ -62,6 +62,7 @@ from files import digest, write_json
 from latents import LatentShards, open_features
 from layers import check_attention
 from models import CHECKPOINTING, DiT
+from muon import OPTIMIZERS
 from objectives import add_objective_arguments, choose_objective, spell_out
 from optim import ADAMW, SCHEDULES
 from parametrization import PARAMETRIZATIONS, is_mup
@@ -242,7 +243,6 @@ def add_training_arguments(parser: Parser) -> None:
     parser.add_switch(group, "--wandb", False, "log to Weights & Biases too (pip install wandb)")
 
 
-OPTIMIZERS = ("adamw", "muon")
 BALANCE = ("aux", "sequence", "z", "bias", "none")
 WIDE_BASE = "muP with a base width of {}, more than the model's {}: matrices learn faster than --lr says"
 NEEDS = (  # besides those of objectives.py

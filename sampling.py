@@ -26,13 +26,25 @@ from autoencoders import (
     SpaceInfo,
     add_space_arguments,
     load_space,
+    place_of_space,
     read_statistics,
     settle_statistics,
     space_info,
-    vae_below,
 )
-from cli import Need, Parser, RunStopped, UsageError, check_needs, natural_int, number_in, only, positive_int, warn_once
-from compiling import choose_compile
+from cli import (
+    Need,
+    Parser,
+    RunStopped,
+    UsageError,
+    check_needs,
+    first_line,
+    natural_int,
+    number_in,
+    only,
+    positive_int,
+    warn_once,
+)
+from compiling import by_itself, choose_compile
 from conditions import CHOICES, Captions, Classes
 from configuration import (
     DIT_MUP,
@@ -399,8 +411,7 @@ class Captured:
                 self.recorded[key] = _record(self.model, inputs)
             except RuntimeError as error:
                 self.given_up = True
-                reason = str(error).partition("\n")[0]
-                warn_once(f"no CUDA graph ({reason}); kernels are launched one by one")
+                warn_once(f"no CUDA graph ({first_line(error)}); kernels are launched one by one")
         if key not in self.recorded:
             return self.model(*inputs)
         graph, places, output = self.recorded[key]
@@ -562,13 +573,14 @@ def load_for_sampling(args, device: torch.device, dtype: torch.dtype = torch.flo
 
     if args.published_pool and not weights.config.pools_batch:
         raise UsageError(f"--published-pool: {weights.source} has no router batch-pool")
-    pooled = weights.config.pools_batch or (guide is not None and guide.config.pools_batch)
-    if pooled and True in (args.compile, args.cuda_graph):
+    configs = [weights.config, *([] if guide is None else [guide.config])]
+    if any(config.pools_batch for config in configs) and True in (args.compile, args.cuda_graph):
         raise UsageError("router batch-pool asks the host how many tokens there are: no --compile, no --cuda-graph")
-    fast = device.type == "cuda" and dtype == torch.bfloat16
-    if args.cuda_graph is True and not fast:
+    if args.cuda_graph is True and (device.type != "cuda" or dtype != torch.bfloat16):
         raise UsageError("--cuda-graph needs a GPU and --precision bf16")
-    graph = fast and not pooled if args.cuda_graph == "auto" else args.cuda_graph
+    graph = args.cuda_graph
+    if graph == "auto":
+        graph = all(by_itself(config, device, dtype) for config in configs)
     compiles = choose_compile(args.compile, weights.config, device, dtype)
     check_attention(args.attention, device, dtype, weights.config.hidden_size // weights.config.num_heads)
     model = weights.build(device, dtype)
@@ -650,9 +662,7 @@ def _choose_space(args, weights: checkpoint.Weights) -> SpaceInfo:
         UsageError: it has another number of channels, or another scale or statistics than were recorded.
     """
     recorded = {} if weights.record is None else weights.record.get("space", {})
-    # Three channels are the colours of pixel space; the published networks work on Stable Diffusion's four.
-    usual = "none" if weights.config.in_channels == 3 else "mse"
-    vae_path = vae_below(args, args.vae_path or recorded.get("path") or usual)
+    vae_path = place_of_space(args, recorded, weights.config.in_channels)
     measured, space = read_statistics(args.latent_stats), load_space(vae_path)
     if space.channels != weights.config.in_channels:
         raise UsageError(

@@ -30,8 +30,8 @@ import machine
 import runs
 import training
 from expert_parallel import check_expert_parallel, deal_experts
-from muon import build_muon
-from optim import EMA, build_optimizer, local, set_lr, state_of
+from muon import OPTIMIZERS
+from optim import EMA, local, set_lr, state_of
 from post_hoc_ema import PowerEMA
 
 SHARDED = "sharded"  # folder of a checkpoint that holds the state of FSDPEngine
@@ -103,8 +103,8 @@ class DDPEngine:
         self.module.train()
         self.ema = EMA(self.module, args.ema_decay)
         self.post_hoc = [PowerEMA(self.module, length) for length in args.post_hoc_ema]
-        build = build_muon if args.optimizer == "muon" else build_optimizer
-        self.optimizer = build(self.module, args.lr, args.weight_decay, args.adam_eps, args.decay_all)
+        settings = args.lr, args.weight_decay, args.adam_eps, args.decay_all
+        self.optimizer = OPTIMIZERS[args.optimizer](self.module, *settings)
         if self.projector is not None:
             for group in run.alignment.groups(self.projector, args.lr, args.weight_decay):
                 self.optimizer.add_param_group(group)

@@ -22,7 +22,7 @@ import checkpoint
 import cli
 import diffusers_dit
 import hub
-from autoencoders import SpaceInfo, add_space_arguments, read_statistics, settle_statistics, space_info, vae_below
+from autoencoders import SpaceInfo, add_space_arguments, place_of_space, read_statistics, settle_statistics, space_info
 from cli import UsageError, number_in, positive_int
 from configuration import unseen
 from diffusers_folder import Exported, check_theirs, difference, write_ours, write_theirs
@@ -252,14 +252,12 @@ def export_pipeline(args, weights: checkpoint.Weights, folder: Path) -> None:
 def choose_space(args, weights: checkpoint.Weights) -> SpaceInfo:
     """The autoencoder of a pipeline: as recorded, or `--vae-path`, or the usual one. Raises UsageError."""
     recorded = (weights.record or {}).get("space", {})
-    usual = "none" if weights.config.in_channels == 3 else "mse"
     measured = read_statistics(args.latent_stats)
     is_whole = {"path", "channels", "downsample", "scaling_factor"} <= recorded.keys()
     if is_whole and args.vae_path is None and recorded["path"] != "none":
         space = SpaceInfo.recorded(recorded)
     else:
-        path = vae_below(args, args.vae_path or recorded.get("path") or usual)
-        space = space_info(path)
+        space = space_info(place_of_space(args, recorded, weights.config.in_channels))
     if space.channels != weights.config.in_channels:
         raise UsageError(f"{space.path} has {space.channels} channels, the network {weights.config.in_channels}")
     settle_statistics(space, measured, recorded, weights.source)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import cli
 from benchmarks.digits_runs import BATCH, FLOW, LR, Scenes, draw_from, train
-from benchmarks.evidence import BASE, SCENES, SceneScorer, interval, sample
+from benchmarks.evidence import BASE, SCENES, SceneScorer, interval, markdown, sample
 from configuration import DiTConfig, build_config
 from models import DiT
 from representation import Alignment, Encoder
@@ -81,10 +81,8 @@ def main(args) -> None:
 def table(losses: dict[str, np.ndarray], right: dict[str, np.ndarray], args) -> str:
     """Loss at each point less that without alignment, and the share of cells that are recognised."""
     steps = range(args.eval_every, args.steps + 1, args.eval_every)
-    lines = [
-        "| run | " + " | ".join(f"loss at {step}" for step in steps) + " | cells recognised | less not aligned |",
-        "|---" * (len(steps) + 3) + "|",
-    ]
+    header = ["run", *(f"loss at {step}" for step in steps), "cells recognised", "less not aligned"]
+    rows = []
     plain = "not aligned"
     for name, values in losses.items():
         if name == plain:
@@ -92,8 +90,8 @@ def table(losses: dict[str, np.ndarray], right: dict[str, np.ndarray], args) -> 
         else:
             cells = [f"{interval(point)}" for point in (values - losses[plain]).swapaxes(0, 1)]
         gain = "" if name == plain else f"{interval(right[name] - right[plain])}"
-        lines.append(f"| {name} | {' | '.join(cells)} | {right[name].mean():.1%} | {gain} |")
-    return "\n".join(lines)
+        rows.append([name, *cells, f"{right[name].mean():.1%}", gain])
+    return markdown(header, rows)
 
 
 def aligned_with(encoders: dict[str, Encoder], config: DiTConfig, setup: Setup, args) -> Alignment | None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from diffusion import RectifiedFlow
 from models import DiT
-from muon import build_muon
-from optim import ADAMW, EMA, build_optimizer, lr_factor, set_lr
+from muon import OPTIMIZERS
+from optim import ADAMW, EMA, lr_factor, set_lr
 from representation import Alignment
 from scripts.digits import Digits
 from training import Balance, tell_routers, total_loss
@@ -22,7 +22,6 @@ from training import Balance, tell_routers, total_loss
 MODEL = dict(input_size=8, in_channels=3, num_classes=10)
 FLOW = RectifiedFlow(shift=2.0)
 BATCH, LR, WARMUP, EMA_DECAY, ALPHA = 64, 4e-3, 20, 0.99, 0.005
-OPTIMIZERS = {"adamw": build_optimizer, "muon": build_muon}
 
 
 class Scenes:
@@ -78,7 +77,7 @@ class Learner:
     ):
         """
         Args:
-            optimizer: of `OPTIMIZERS`.
+            optimizer: of `muon.OPTIMIZERS`.
             alpha: factor of the balance loss.
             loss_scale: what the loss is multiplied by before the backward, as fp16 training does it; None: nothing.
             accumulation: micro-batches that a batch is cut into.

@@ -229,6 +229,9 @@ def main(args) -> None:
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
+LATER = {  # fields that runs of before do not name
+    *("balance", "scenes", "optimizer", "lr", "schedule", "seeds", "lengths", "guides", "scales")
+}
 Run = dict[str, np.ndarray]
 Runs = dict[str, list[Run]]  # setup -> per seed
 
@@ -254,8 +257,7 @@ def cached_run(name: str, seed: int, args) -> Run:
     "images <guide> <scale>".
     """
     setup = SETUPS[name]
-    usual = {"balance": ("aux",), "scenes": False, "optimizer": "adamw", "lr": LR, "schedule": "constant"}
-    usual |= {"seeds": None, "lengths": (), "guides": {}, "scales": ()}  # settings of before do not name these
+    usual = {name: value for name, value in vars(Setup()).items() if name in LATER}
     settings = {name: value for name, value in vars(setup).items() if name not in usual or usual[name] != value}
     settings |= {"model": setup.config.to_dict(), "objective": setup.objective.config()}
     steps = round(setup.part * args.steps)
