@@ -60,7 +60,10 @@ def boolean(text: str) -> bool:
 
 def boolean_or_auto(text: str) -> bool | str:
     """The same where a script may choose."""
-    return "auto" if text.lower() == "auto" else boolean(text)
+    try:
+        return "auto" if text.lower() == "auto" else boolean(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected auto, True or False, got {text!r}") from None
 
 
 def positive_int(text: str) -> int:
@@ -123,6 +126,11 @@ def check_needs(args: argparse.Namespace, needs: Iterable[Need]) -> None:
         useless = [name for name in need.flags if name in args.given]
         if useless and not need.met(args):
             raise UsageError(f"{args.given[useless[0]]} does nothing without {need.what}: drop it, or add that")
+
+
+def idle(args: argparse.Namespace, needs: Iterable[Need]) -> set[str]:
+    """The flags that would do nothing, given or not."""
+    return {name for need in needs if not need.met(args) for name in need.flags}
 
 
 def values(args: argparse.Namespace) -> dict:

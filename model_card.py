@@ -3,10 +3,13 @@
 import contextlib
 import json
 import shlex
+from argparse import Namespace
 from pathlib import Path
 
 import cli
+import objectives
 import runs
+from autoencoders import VAE_NAMES
 from checkpoint import describe
 from configuration import MODEL_FLAGS, build_config
 from diffusers_folder import Exported
@@ -14,7 +17,7 @@ from families import DiT_models
 from models import count_parameters
 from objectives import in_words
 
-UNSAID = runs.OF_A_MACHINE  # flags whose values are of the machine that trained
+LEFT_TO_USERS = {"num_workers", "local_rank", "results_dir", "device", "compile"}  # what suited another machine
 
 
 def write(path: Path, name: str, exported: Exported, ours: bool) -> None:
@@ -51,7 +54,9 @@ def facts_of(exported: Exported) -> dict[str, object]:
         "parameters": f"{total:,} in total, {activated:,} activated",
         "objective": in_words(exported.objective),
         "images": f"{config.input_size * space.downsample} pixels",
-        "autoencoder": f"{exported.description['space']['path']} ({space.kind})",
+        "autoencoder": f"{exported.description['space']['path']} ({space.kind})"
+        if space.path != "none"
+        else "none: pixels",
     }
     facts |= {"text encoder": Path(record["text"]["name"]).name} if "text" in record else {}
     facts |= {name: record[name] for name in ("step", "ema_decay") if name in record}
@@ -81,19 +86,19 @@ def metrics_of(run: Path, step: int) -> dict[str, float]:
 
 
 def command_of(run: Path) -> str:
-    """The flags of a run that are not as usual; of what lies on a machine, their names alone."""
+    """The flags of a run that are not as usual, and do something; of what lies on a machine, their names alone."""
     parser = cli.Parser()
     runs.add_training_arguments(parser)
     usual = cli.values(parser.parse_known_args([])[0])
     said = json.loads((run / "args.json").read_text(encoding="utf-8"))
     row = build_config(said["model"]).to_dict() if said.get("model") in DiT_models else {}
     usual |= {name: row[name] for name in MODEL_FLAGS if name in row}
+    without = LEFT_TO_USERS | cli.idle(Namespace(**(usual | said)), (*objectives.NEEDS, *runs.NEEDS))
     words = ["train.py"]
     for name, value in said.items():
-        if value is None or name not in usual or (value == usual[name] and name != "model"):
+        if value is None or name not in usual or name in without or (value == usual[name] and name != "model"):
             continue
-        flag = f"--{name.replace('_', '-')}"
-        words += (
-            [flag, name.upper()] if name in UNSAID else [flag, *map(str, value if isinstance(value, list) else [value])]
-        )
+        is_place = name in runs.OF_A_MACHINE and value not in ("none", *VAE_NAMES)
+        values = [name.upper()] if is_place else map(str, value if isinstance(value, list) else [value])
+        words += [f"--{name.replace('_', '-')}", *values]
     return shlex.join(["python", *words])

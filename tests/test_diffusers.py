@@ -246,6 +246,7 @@ def test_a_pipeline_is_uploaded_with_its_card(dit, tmp_path, monkeypatch, capsys
     run = tmp_path / "run"
     shutil.copytree(dit / "run", run)
     flags = {"model": "DiT-Nano/2", "data_path": "/home/someone/imagenet", "lr": 0.002, "num_experts": 0, "flip": False}
+    flags |= {"rf": False, "t_distribution": "lognormal", "balance": ["aux"], "compile": False}  # which do nothing here
     (run / "args.json").write_text(json.dumps(flags))
     lines = [{"step": 1, "loss": 2.0}, {"step": 1, "metrics/fid": 12.5}, {"step": 9, "metrics/fid": 3.5}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": ')
@@ -257,7 +258,7 @@ def test_a_pipeline_is_uploaded_with_its_card(dit, tmp_path, monkeypatch, capsys
     assert card.startswith('---\nlibrary_name: "diffusers"\n') and "# name\n" in card
     assert 'FOLDER = "owner/name"' in card
     assert "| fid at step 1 | 12.5 |" in card and "| model | DiT-Nano/2, dense, 1000 classes, input 8x8 |" in card
-    assert "python train.py --model DiT-Nano/2 --data-path DATA_PATH --lr 0.002 --flip False\n" in card
+    assert "python train.py --model DiT-Nano/2 --data-path DATA_PATH --lr 0.002 --flip False --rf False\n" in card
     assert "someone" not in card and read_json(tmp_path / "out", "model_index")["vae"] == ["diffusers", "AutoencoderKL"]
 
     def refuse(self, **options):
