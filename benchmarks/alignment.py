@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cli
-from benchmarks.digits_runs import BATCH, FLOW, LR, Scenes, draw_from, train
-from benchmarks.evidence import BASE, SCENES, SceneScorer, interval, markdown, sample
+from benchmarks.digits_runs import BATCH, FLOW, LR, draw_from, train
+from benchmarks.endless import Scenes
+from benchmarks.evidence import BASE, SCENES, markdown, sample
+from benchmarks.scoring import SceneScorer, interval
 from configuration import DiTConfig, build_config
 from models import DiT
 from representation import Alignment, Encoder

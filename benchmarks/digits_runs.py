@@ -1,4 +1,4 @@
-"""What the experiments on handwritten digits share: settings, paired training, loss on digits that nothing learns from.
+"""What the experiments on small images share: settings, data, paired training, loss on what nothing learns from.
 
 A step's batch, noises, times and dropped labels are functions of (seed, step), so runs of a seed differ in nothing but
 what an experiment changes.
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.endless import Endless
 from diffusion import RectifiedFlow
 from models import DiT
 from muon import OPTIMIZERS
@@ -22,29 +23,6 @@ from training import Balance, tell_routers, total_loss
 MODEL = dict(input_size=8, in_channels=3, num_classes=10)
 FLOW = RectifiedFlow(shift=2.0)
 BATCH, LR, WARMUP, EMA_DECAY, ALPHA = 64, 4e-3, 20, 0.99, 0.005
-
-
-class Scenes:
-    """An endless data set: four digits on a canvas of 16x16, a b above b a, each written by whoever; label 10 a + b."""
-
-    def __init__(self, digits: Digits):
-        self.images = torch.from_numpy(digits.images).float() / 127.5 - 1  # (N, 8, 8)
-        order = torch.from_numpy(digits.labels).argsort(stable=True)
-        self.counts = torch.bincount(torch.from_numpy(digits.labels), minlength=10)
-        self.first, self.order = self.counts.cumsum(0) - self.counts, order  # of each digit
-
-    def draw(self, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
-        """(count, 3, 16, 16) in -1..1, (count,)"""
-        labels = torch.randint(100, (count,), generator=generator)
-        a, b = labels // 10, labels % 10
-        cells = torch.stack([a, b, b, a], dim=1)  # (count, 4)
-        place = (torch.rand(cells.shape, generator=generator) * self.counts[cells]).long()
-        digits = self.images[self.order[self.first[cells] + place]].unflatten(1, (2, 2))  # (count, 2, 2, 8, 8)
-        return digits.transpose(2, 3).reshape(count, 1, 16, 16).expand(-1, 3, -1, -1), labels
-
-    def tensors(self, count: int = 900) -> tuple[Tensor, Tensor]:
-        """Some of it, always the same."""
-        return self.draw(torch.Generator().manual_seed(0), count)
 
 
 class Point(NamedTuple):
@@ -63,7 +41,7 @@ class Learner:
     def __init__(
         self,
         model: DiT,
-        digits: Digits | Scenes,
+        digits: Digits | Endless,
         seed: int,
         *,
         objective=FLOW,
@@ -125,8 +103,8 @@ class Learner:
 
 def train(
     model: DiT,
-    digits: Digits | Scenes,
-    held_out: Digits | Scenes,
+    digits: Digits | Endless,
+    held_out: Digits | Endless,
     seed: int,
     first: int,
     last: int,
@@ -163,9 +141,9 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: DiT, objective, digits: Digits, draws: int) -> tuple[Tensor, Tensor]:
+def evaluate(model: DiT, objective, digits: Digits | Endless, draws: int) -> tuple[Tensor, Tensor]:
     """`losses` and `load` of `Point`: every image `draws` times, at fixed noises and evenly spread times."""
-    whole = digits.tensors() if isinstance(digits, Scenes) else tensors(digits)
+    whole = digits.tensors() if isinstance(digits, Endless) else tensors(digits)
     images, labels = (part.repeat(draws, *[1] * (part.ndim - 1)) for part in whole)
     generator = torch.Generator().manual_seed(0)
     u = (torch.randperm(len(images), generator=generator) + 0.5) / len(images)
@@ -177,9 +155,9 @@ def evaluate(model: DiT, objective, digits: Digits, draws: int) -> tuple[Tensor,
     return losses, torch.stack(load) if load else torch.zeros(0, 0, dtype=torch.int32)
 
 
-def draw_from(digits: Digits | Scenes, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
+def draw_from(digits: Digits | Endless, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
     """Images and labels of a batch."""
-    if isinstance(digits, Scenes):
+    if isinstance(digits, Endless):
         return digits.draw(generator, count)
     images, labels = tensors(digits)
     chosen = torch.randint(len(images), (count,), generator=generator)

@@ -28,11 +28,12 @@ import cli
 from analysis.plan import flops, parameter_counts, tokens_per_image
 from autoencoders import load_space
 from benchmarks import harness
-from benchmarks.digits_runs import ALPHA, BATCH, EMA_DECAY, FLOW, LR, MODEL, Learner, Point, Scenes, evaluate, train
+from benchmarks.digits_runs import ALPHA, BATCH, EMA_DECAY, FLOW, LR, MODEL, Learner, Point, evaluate, train
+from benchmarks.endless import Endless, Patterns, Scenes
+from benchmarks.scoring import Interval, PatternScorer, SceneScorer, Scorer, interval
 from configuration import DiTConfig, build_config
 from diffusion import GaussianDiffusion, RectifiedFlow
 from files import replacing
-from metrics import Judge, Moments, frechet_distance, pixel_features
 from models import DiT
 from optim import EMA
 from post_hoc_ema import USUAL, PowerEMA, combined
@@ -84,6 +85,7 @@ class Setup:
     part: float = 1.0  # of the steps
     balance: tuple[str, ...] = ("aux",)
     scenes: bool = False  # endless scenes of four digits in place of 898 digits
+    patterns: int = 0  # endless scenes of so many patterns in place of either
     samples: dict[str, int] = field(default_factory=lambda: JUDGED)  # "sampler steps" -> images
     optimizer: str = "adamw"
     lr: float = LR
@@ -101,11 +103,12 @@ class Setup:
 
     @property
     def config(self) -> DiTConfig:
-        data = SCENES if self.scenes else MODEL
+        data = PATTERNS if self.patterns else SCENES if self.scenes else MODEL
         return build_config("DiT-Nano/2", **(data | BASE | self.model))
 
 
 SCENES = dict(input_size=16, patch_size=4, in_channels=3, num_classes=100)
+PATTERNS = SCENES | dict(num_classes=10)
 
 
 def routed(router: str, *balance: str, **more) -> Setup:
@@ -176,15 +179,32 @@ SETUPS = {
     "SwiGLU": Setup(dict(num_experts=0, mlp="swiglu", mlp_multiple=8)),
     "RoPE, SwiGLU": Setup(dict(num_experts=0, positions="rope2d", mlp="swiglu", mlp_multiple=8)),
 }
+ROUTED = (
+    *("dense, scenes", "1 expert, scenes", "softmax, 4", "softmax", "softmax, 16", "softmax, 16, shorter"),
+    *("sigmoid, bias", "expert choice", "batch pool", "prototypes"),
+)
+NUMBERS = (30, 100, 300, 1000, 3000, 10_000)  # of patterns
+AMONG = 1000  # at which all networks are compared
+
+
+def on_patterns(name: str, count: int) -> str:
+    return f"{name.removesuffix(', scenes')}, {count} patterns"
+
+
+SETUPS |= {
+    on_patterns(name, count): replace(SETUPS[name], scenes=False, patterns=count)
+    for name in ROUTED
+    for count in NUMBERS
+}
+BY_NUMBER = ("dense, scenes", "softmax, 16", "softmax, 16, shorter")
 EXPERIMENTS = {
     "experts": ("dense", "1 expert", "4 experts", "8 experts", "16 experts", "8 experts, normalized"),
     "balance": ("alpha 0", "8 experts", "alpha 0.01", "alpha 0.05", "scaled by 2^16", "2 micro-batches"),
     "samplers": ("8 experts", "DDPM, linear, eps", "DDPM, cosine, v"),
     "places": ("8 experts", "no shared expert", "deep half", "shallow half", "every second", "dense"),
-    "routers": (
-        *("dense, scenes", "1 expert, scenes", "softmax, 4", "softmax", "softmax, 16", "softmax, 16, shorter"),
-        *("sigmoid, bias", "expert choice", "batch pool", "prototypes"),
-    ),
+    "routers": ROUTED,
+    "patterns": tuple(on_patterns(name, AMONG) for name in ROUTED),
+    "memory": tuple(on_patterns(name, count) for count in NUMBERS for name in BY_NUMBER),
     "parts": ("dense", "RoPE", "SwiGLU", "RoPE, SwiGLU"),  # dense: a table of sine and cosine, GELU
     "muon": ("dense, Muon", "1 expert, Muon", "softmax, Muon", "softmax, 16, Muon", "softmax, 16, Muon, shorter"),
     "longer": ("dense, longer", "softmax, 16, longer"),
@@ -216,10 +236,8 @@ def main(args) -> None:
         raise cli.UsageError(f"--steps {args.steps} must be a multiple of twice --eval-every {args.eval_every}")
     names = list(dict.fromkeys(name for experiment in chosen for name in EXPERIMENTS[experiment]))
     runs = all_runs(names, args)
-    scorers = {}
     for experiment in chosen:
-        kind = SceneScorer if SETUPS[EXPERIMENTS[experiment][0]].scenes else Scorer
-        scorer = scorers[kind] = scorers.get(kind) or kind()
+        scorer = scorer_of(SETUPS[EXPERIMENTS[experiment][0]])
         table, figure = REPORTS[experiment]({name: runs[name] for name in EXPERIMENTS[experiment]}, scorer)
         with replacing(args.pictures / f"evidence_{experiment}.png") as file:
             figure.savefig(file, format="png", dpi=150)
@@ -230,7 +248,7 @@ def main(args) -> None:
 
 
 LATER = {  # fields that runs of before do not name
-    *("balance", "scenes", "optimizer", "lr", "schedule", "seeds", "lengths", "guides", "scales")
+    *("balance", "scenes", "patterns", "optimizer", "lr", "schedule", "seeds", "lengths", "guides", "scales")
 }
 Run = dict[str, np.ndarray]
 Runs = dict[str, list[Run]]  # setup -> per seed
@@ -311,10 +329,21 @@ def run(setup: Setup, seed: int, last: int, eval_every: int) -> Run:
     return arrays
 
 
-def data_of(setup: Setup) -> tuple[Digits, Digits] | tuple[Scenes, Scenes]:
+def data_of(setup: Setup) -> tuple[Digits, Digits] | tuple[Endless, Endless]:
     """(to learn from, held out). Of scenes that are held out a network has seen the digits, and no scene twice."""
+    if setup.patterns:
+        return Patterns(setup.patterns), Patterns(setup.patterns)
     training, held_out = split_digits()
     return (Scenes(training), Scenes(training)) if setup.scenes else (training, held_out)
+
+
+@functools.cache
+def judge(patterns: int, scenes: bool) -> Scorer:
+    return PatternScorer(patterns) if patterns else SceneScorer() if scenes else Scorer()
+
+
+def scorer_of(setup: Setup) -> Scorer:
+    return judge(setup.patterns, setup.scenes)
 
 
 def new_network(setup: Setup, seed: int) -> DiT:
@@ -352,85 +381,6 @@ def sample(model: DiT, objective, name: str, count: int, seed: int, scale: float
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
-
-
-class Interval(NamedTuple):
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"
-
-
-def interval(values: np.ndarray) -> Interval:
-    """The mean and its 95 % percentile bootstrap interval.
-
-    `values` are (S, N), what each of S seeds got on each of N images, or (S, 1), where a seed has one number. Seeds and
-    images are both drawn with replacement. Of few seeds such an interval is too narrow.
-    """
-    seeds, images = (resampled(count, axis) for axis, count in enumerate(values.shape))
-    means = ((seeds @ values.astype(float)) * images).sum(axis=1)
-    return Interval(values.mean(), *np.quantile(means, [0.025, 0.975]))
-
-
-@functools.cache
-def resampled(count: int, seed: int, draws: int = 2000) -> np.ndarray:
-    """(draws, count) the weight of each of `count` things in each draw of as many with replacement."""
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws) / count
-
-
-class Scorer:
-    """Judges samples of the labels 0, 1, ..., 9, 0, ... by the digits that no network has learned from."""
-
-    def __init__(self):
-        training, held_out = split_digits()
-        images = as_rgb(held_out)
-        self.judge, self.reference = Judge(images, held_out.labels), moments(images)
-        self.real = as_rgb(training)  # what a perfect network would draw like
-
-    def recognised(self, images: np.ndarray) -> np.ndarray:
-        """(N,) bool"""
-        return self.judge.recognises(images, np.arange(len(images)) % 10)
-
-    def distance(self, images: np.ndarray) -> float:
-        """Frechet distance of pixels in 0..1 to the held-out digits'."""
-        mine = moments(images)
-        return frechet_distance(mine.mean, mine.covariance, self.reference.mean, self.reference.covariance)
-
-
-class SceneScorer(Scorer):
-    """The same of scenes: a cell is right if the judge takes it for the digit that the label asks for."""
-
-    def __init__(self):
-        super().__init__()
-        training, held_out = split_digits()
-        self.reference = moments(as_pixels(Scenes(held_out).tensors(2000)[0]))
-        self.real = as_pixels(Scenes(training).tensors(2000)[0])
-
-    def recognised(self, images: np.ndarray) -> np.ndarray:
-        """(N,) share of the four cells."""
-        labels = np.arange(len(images)) % 100
-        a, b = labels // 10, labels % 10
-        cells = images.reshape(len(images), 2, 8, 2, 8, 3).swapaxes(2, 3).reshape(-1, 8, 8, 3)
-        wanted = np.stack([a, b, b, a], axis=1).flatten()
-        return self.judge.recognises(cells, wanted).reshape(-1, 4).mean(axis=1)
-
-
-def as_pixels(images: Tensor) -> np.ndarray:
-    """(N, 3, H, W) in -1..1 -> (N, H, W, 3) uint8"""
-    return (images * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-
-
-def as_rgb(digits: Digits) -> np.ndarray:
-    """(N, 8, 8, 3) uint8"""
-    return np.repeat(digits.images[..., None], 3, axis=3)
-
-
-def moments(images: np.ndarray) -> Moments:
-    found = Moments()
-    found.update(pixel_features(images))
-    return found
 
 
 def stacked(runs: list[Run], key: str) -> np.ndarray:
@@ -498,6 +448,41 @@ def report_experts(runs: Runs, scorer: Scorer, to: str = "dense") -> tuple[str, 
         more += [("loss, other writers", [f"{each.mean():.4f}" for each in others.values()])]
         more += [(f"less {to}", [versus(others, name, to) for name in runs])]
     return comparison(runs, to, scorer, seconds, more), figure
+
+
+def report_memory(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
+    """How far mixtures are ahead of the dense network, by how much there is to be learned by heart."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = ahead, right = figure.subplots(1, 2)
+    losses, shares, (to, *mixtures) = {}, {}, BY_NUMBER
+    for name, color in zip(BY_NUMBER, COLORS, strict=False):
+        each = {count: runs[on_patterns(name, count)] for count in NUMBERS}
+        losses[name] = np.stack([stacked(mine, "losses")[:, -1] for mine in each.values()], axis=1)  # (S, numbers, N)
+        shares[name] = np.stack([recognised(mine, judge(count, False)) for count, mine in each.items()], axis=1)
+        for axes, values in ((ahead, losses[name] - losses[to]), (right, shares[name])):
+            band(axes, np.array(NUMBERS), values, name, color, marker="o", markersize=4)
+    ahead.set(xlabel="patterns", ylabel="held-out loss, less that of dense")
+    right.set(xlabel="patterns", ylabel="share of cells that show a pattern of their label")
+    for axes in panels:
+        axes.set(xscale="log")
+    finish(figure, right)
+    seconds = step_seconds([on_patterns(name, AMONG) for name in BY_NUMBER], on_patterns(to, AMONG))
+    whole = {name: SETUPS[name].part * seconds[on_patterns(name, AMONG)] for name in BY_NUMBER}
+    header = [
+        "patterns",
+        "loss, dense",
+        *(f"{name} ({whole[name] / whole[to]:.2f} of its time), less dense" for name in mixtures),
+    ]
+    header += [f"recognised, {name}" for name in BY_NUMBER]
+    rows = [
+        [
+            *(f"{count:,}", f"{losses[to][:, place].mean():.4f}"),
+            *(interval(losses[name][:, place] - losses[to][:, place]) for name in mixtures),
+            *(f"{shares[name][:, place].mean():.1%}" for name in BY_NUMBER),
+        ]
+        for place, count in enumerate(NUMBERS)
+    ]
+    return markdown(header, rows), figure
 
 
 def report_differences(runs: Runs, scorer: Scorer, to: str) -> tuple[str, Figure]:
@@ -646,6 +631,8 @@ REPORTS = {
     "samplers": report_samplers,
     "routers": functools.partial(report_experts, to="dense, scenes"),
     "longer": functools.partial(report_experts, to="dense, longer"),
+    "patterns": functools.partial(report_experts, to=on_patterns("dense, scenes", AMONG)),
+    "memory": report_memory,
     "muon": functools.partial(report_experts, to="dense, Muon"),
     "places": functools.partial(report_differences, to="8 experts"),
     "parts": functools.partial(report_differences, to="dense"),

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from analysis.plan import flops
-from benchmarks import digits_runs, evidence
+from benchmarks import digits_runs, evidence, scoring
+from benchmarks.endless import Patterns
 from benchmarks.harness import Times
 from cli import UsageError
 from scripts.digits import Digits, split_digits
@@ -17,14 +18,15 @@ from scripts.digits import Digits, split_digits
 def tiny(monkeypatch):
     """The experiments as they are, on less data, with smaller networks and fewer samples."""
     halves = tuple(Digits(*(part[:60] for part in half)) for half in split_digits())
-    monkeypatch.setattr(evidence, "split_digits", lambda: halves)
+    for module in (evidence, scoring):
+        monkeypatch.setattr(module, "split_digits", lambda: halves)
     monkeypatch.setattr(evidence, "BASE", evidence.BASE | dict(hidden_size=32, num_heads=2))
     monkeypatch.setattr(evidence, "EVALUATIONS", (3, 5))
     monkeypatch.setattr(evidence, "SWEEP_IMAGES", 20)
     monkeypatch.setattr(evidence, "STEP_ROUNDS", 1)
     monkeypatch.setattr(digits_runs, "BATCH", 32)
-    scenes = evidence.Scenes.tensors
-    monkeypatch.setattr(evidence.Scenes, "tensors", lambda self, count=60: scenes(self, min(count, 200)))
+    whole = evidence.Endless.tensors
+    monkeypatch.setattr(evidence.Endless, "tensors", lambda self, count=60: whole(self, min(count, 200)))
     monkeypatch.setattr(evidence, "RATES", (2e-3,))
     monkeypatch.setattr(evidence, "TRIALS", {name: evidence.TRIALS[name] for name in ("AdamW, 0.002", "Muon, 0.002")})
     for name, value in (("LENGTHS", (0.05,)), ("GUIDES", {"smaller": evidence.Guide(0.5, dict(depth=1))})):
@@ -35,6 +37,10 @@ def tiny(monkeypatch):
     monkeypatch.setitem(evidence.SETUPS, "softmax, afterwards", afterwards)
     some = ("dense, scenes", "sigmoid, bias", "batch pool")
     monkeypatch.setitem(evidence.EXPERIMENTS, "routers", some)
+    monkeypatch.setattr(evidence, "NUMBERS", (evidence.AMONG,))
+    by_number = tuple(evidence.on_patterns(name, evidence.AMONG) for name in evidence.BY_NUMBER)
+    monkeypatch.setitem(evidence.EXPERIMENTS, "memory", by_number)
+    monkeypatch.setitem(evidence.EXPERIMENTS, "patterns", (*by_number, evidence.on_patterns(some[1], evidence.AMONG)))
     monkeypatch.setitem(evidence.EXPERIMENTS, "optimizers", ("softmax", "softmax, Muon", *evidence.TRIALS))
     monkeypatch.setattr(evidence, "JUDGED", {"euler 2": 30})
     for name, setup in evidence.SETUPS.items():
@@ -63,13 +69,15 @@ def test_a_run_repeats_itself_and_counts_every_token(tiny):
 
 
 def test_networks_cost_the_same_for_each_token():
-    configs = {name: setup.config for name, setup in evidence.SETUPS.items() if not setup.scenes}
+    setups = {name: setup for name, setup in evidence.SETUPS.items() if setup.patterns in (0, evidence.AMONG)}
+    configs = {name: setup.config for name, setup in setups.items() if not setup.scenes and not setup.patterns}
     costs = {name: flops(config).forward for name, config in configs.items()}
     assert max(costs.values()) < 1.03 * min(costs.values())
     routers = {name: 2 * 16 * 64 * config.num_experts * len(config.moe_indices) for name, config in configs.items()}
     assert len({costs[name] - routers[name] for name in costs}) == 1, "but for the router they cost exactly the same"
-    on_scenes = {name: flops(setup.config).forward for name, setup in evidence.SETUPS.items() if setup.scenes}
-    assert on_scenes.pop("batch pool") > 1.05 * on_scenes["softmax"]  # its predictor
+    on_scenes = {name: flops(setup.config).forward for name, setup in setups.items() if name not in configs}
+    for pool in ("batch pool", evidence.on_patterns("batch pool", evidence.AMONG)):
+        assert on_scenes.pop(pool) > 1.05 * on_scenes["softmax"]  # its predictor
     assert max(on_scenes.values()) < 1.03 * min(on_scenes.values())
 
 
@@ -101,22 +109,38 @@ def test_time_is_measured_in_turns(tiny, monkeypatch):
 def test_interval_is_paired_and_counts_seeds():
     rng = np.random.default_rng(0)
     image, seed = rng.normal(size=900), rng.normal(size=(3, 1))
-    assert np.allclose(evidence.interval(0.5 + image - np.tile(image, (3, 1))), 0.5)  # pairing leaves no doubt
-    mean, low, high = evidence.interval(np.tile(image, (3, 1)))
+    assert np.allclose(scoring.interval(0.5 + image - np.tile(image, (3, 1))), 0.5)  # pairing leaves no doubt
+    mean, low, high = scoring.interval(np.tile(image, (3, 1)))
     assert low < mean < high and high - low == pytest.approx(2 * 1.96 / 30, rel=0.15)  # the standard error of 900
-    mean, low, high = evidence.interval(np.array([[1.0], [2.0], [6.0]]))
+    mean, low, high = scoring.interval(np.array([[1.0], [2.0], [6.0]]))
     assert (mean, low, high) == (3.0, 1.0, 6.0)
-    assert np.ptp(evidence.interval(np.tile(seed, 900))[1:]) > 10 * np.ptp(evidence.interval(image[None] * 0.01)[1:])
+    assert np.ptp(scoring.interval(np.tile(seed, 900))[1:]) > 10 * np.ptp(scoring.interval(image[None] * 0.01)[1:])
 
 
 def test_scorer_knows_digits_from_noise():
-    scorer, noise = evidence.Scorer(), np.random.default_rng(0).integers(0, 256, (200, 8, 8, 3), dtype=np.uint8)
+    scorer, noise = scoring.Scorer(), np.random.default_rng(0).integers(0, 256, (200, 8, 8, 3), dtype=np.uint8)
     _, held_out = split_digits()
     by_label = np.concatenate([np.flatnonzero(held_out.labels == label)[:20] for label in range(10)])
-    digits = evidence.as_rgb(held_out)[by_label.reshape(10, 20).T.ravel()]  # 0, 1, ..., 9, 0, ...
+    digits = scoring.as_rgb(held_out)[by_label.reshape(10, 20).T.ravel()]  # 0, 1, ..., 9, 0, ...
     assert scorer.recognised(digits).mean() == 1 and scorer.recognised(digits[1:]).mean() < 0.2
     assert scorer.distance(scorer.real) < 0.2 * scorer.distance(noise)
-    assert scorer.distance(evidence.as_rgb(held_out)) == pytest.approx(0, abs=1e-8)
+    assert scorer.distance(scoring.as_rgb(held_out)) == pytest.approx(0, abs=1e-8)
+
+
+def test_scorer_knows_patterns_of_their_label():
+    data, scorer = Patterns(100), scoring.PatternScorer(100)
+    images, labels = data.tensors(200)
+    cells = images.unflatten(2, (4, 4)).unflatten(4, (4, 4)).permute(0, 2, 4, 1, 3, 5)  # (N, rows, columns, 3, 4, 4)
+    known = (cells.unsqueeze(3) == data.patterns[labels][:, None, None]).flatten(4).all(dim=4)  # (N, 4, 4, patterns)
+    assert (known.sum(dim=3) == 1).all() and set(labels.tolist()) == set(range(10))
+    real = scorer.real[:600]
+    wrong, near = np.roll(real, 1, axis=0), (real * 0.85 + 10).astype(np.uint8)  # another label; within 28 of 255
+    assert scorer.recognised(real).tolist() == [1] * 600 and not scorer.recognised(wrong).any()
+    assert not scorer.recognised((real * 0.7 + 40).astype(np.uint8)).any() and scorer.recognised(near).all()
+    one = real.copy()
+    one[0, :4, :4] = 127
+    assert scorer.recognised(one)[:2].tolist() == [15 / 16, 1]
+    assert scorer.distance(real) < 0.1 * scorer.distance(wrong)
 
 
 def test_dead_experts_and_load_of_known_counts():
@@ -146,7 +170,7 @@ def test_whole_chain_resumes_and_remakes_pictures(tiny, tmp_path, capfd, monkeyp
     (tmp_path / "runs" / "dense-0.npz").unlink()
     evidence.main(evidence.get_parser().parse_args([*flags, "--jobs", "2"]))
     again = capfd.readouterr().out
-    assert again.count(" s of training\n") == 1 + 14 + 3 + 11  # what was missing, and the runs of the other experiments
+    assert again.count(" s of training\n") == 1 + 14 + 3 + 4 + 11  # what was missing, and the runs of the other experiments
     assert "| AdamW | " in again and "| smaller, 2 |" in again and "| length 0.05 |" in again
     assert again.split("\nexperts\n")[1].startswith(written.split("\nexperts\n")[1].split("| dense")[0])
     pictures = {path.name: Image.open(path).size for path in tmp_path.glob("*.png")}

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import checkpoint
 import representation
 import train
-from benchmarks import digits_runs
+from benchmarks import digits_runs, endless
 from benchmarks.alignment import digits_of
 from benchmarks.traffic import record
 from configuration import build_config
@@ -259,7 +259,7 @@ def test_a_projector_learns_by_its_width_under_mup(encoder):
 
 def test_the_benchmark_trains_like_the_loop_and_knows_its_places(encoder):
     """A weight of 0 changes nothing, another one does."""
-    training, held_out = (digits_runs.Scenes(half) for half in split_digits())
+    training, held_out = (endless.Scenes(half) for half in split_digits())
     config = build_config("DiT-Nano/2", input_size=16, patch_size=4, in_channels=3, num_classes=100)
 
     def losses(*weight_and_until) -> torch.Tensor:
