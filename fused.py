@@ -55,14 +55,17 @@ if triton is not None:
         return x / (1 + tl.exp(-x))
 
     @triton.jit
-    def _swiglu(gate_up, out, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    def _swiglu(gate_up, weights, out, rows, width, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
         there = (row < rows) & (column < width)
         at = gate_up + row * 2 * width + column
         gate = tl.load(at, there).to(tl.float32)
         up = tl.load(at + width, there).to(tl.float32)
-        tl.store(out + row * width + column, _silu(gate) * up, there)
+        made = _silu(gate) * up
+        if WEIGHTED:
+            made *= tl.load(weights + row, row < rows).to(tl.float32)
+        tl.store(out + row * width + column, made, there)
 
     @triton.jit
     def _swiglu_backward(grad, gate_up, grads, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -78,6 +81,31 @@ if triton is not None:
         tl.store(grads + place + width, given * gate * share, there)
 
     @triton.jit
+    def _swiglu_again(
+        grad, gate_up, weights, grads, grad_weights, width, WEIGHTED: tl.constexpr, COLUMNS: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        weight = 1.0
+        if WEIGHTED:
+            weight = tl.load(weights + row).to(tl.float32)
+        total = tl.zeros([COLUMNS], tl.float32)
+        for start in range(0, width, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            there = column < width
+            place = row * 2 * width + column
+            gate = tl.load(gate_up + place, there, other=0.0).to(tl.float32)
+            up = tl.load(gate_up + place + width, there, other=0.0).to(tl.float32)
+            given = tl.load(grad + row * width + column, there, other=0.0).to(tl.float32)
+            share = 1 / (1 + tl.exp(-gate))
+            total += given * gate * share * up
+            tl.store(grad + row * width + column, gate * share * up * weight, there)
+            given *= weight
+            tl.store(grads + place, given * up * share * (1 + gate * (1 - share)), there)
+            tl.store(grads + place + width, given * gate * share, there)
+        if WEIGHTED:
+            tl.store(grad_weights + row, tl.sum(total))
+
+    @triton.jit
     def _spread(x, places, out, width, K: tl.constexpr, COLUMNS: tl.constexpr):
         token = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -88,33 +116,15 @@ if triton is not None:
             tl.store(out + place * width + column, row, there)
 
     @triton.jit
-    def _gather_sum(rows, places, weights, out, width, K: tl.constexpr, WEIGHTED: tl.constexpr, COLUMNS: tl.constexpr):
+    def _gather_sum(rows, places, out, width, K: tl.constexpr, COLUMNS: tl.constexpr):
         token = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         there = column < width
         total = tl.zeros([COLUMNS], tl.float32)
         for k in tl.static_range(K):
             place = tl.load(places + token * K + k)
-            row = tl.load(rows + place * width + column, there).to(tl.float32)
-            if WEIGHTED:
-                row *= tl.load(weights + token * K + k).to(tl.float32)
-            total += row
+            total += tl.load(rows + place * width + column, there).to(tl.float32)
         tl.store(out + token * width + column, total, there)
-
-    @triton.jit
-    def _combine_backward(grad, y, weights, order, grad_y, grad_weights, width, K: tl.constexpr, COLUMNS: tl.constexpr):
-        place = tl.program_id(0).to(tl.int64)
-        assignment = tl.load(order + place)
-        weight = tl.load(weights + assignment).to(tl.float32)
-        total = tl.zeros([COLUMNS], tl.float32)
-        for start in range(0, width, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            there = column < width
-            given = tl.load(grad + assignment // K * width + column, there, other=0.0).to(tl.float32)
-            mine = tl.load(y + place * width + column, there, other=0.0).to(tl.float32)
-            tl.store(grad_y + place * width + column, given * weight, there)
-            total += given * mine
-        tl.store(grad_weights + assignment, tl.sum(total))
 
 
 def _tile(width: int) -> tuple[int, int, int]:
@@ -128,14 +138,15 @@ def _columns(width: int) -> int:
     return min(1024, triton.next_power_of_2(width))
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up: (..., 2F) -> (..., F)."""
+def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
+    """silu(gate) * up: (..., 2F) -> (..., F); of rows (P, 2F) times (P,) weights, where there are some."""
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
     rows, (height, columns, warps) = out.numel() // max(width, 1), _tile(width)
     if out.numel():
         grid = triton.cdiv(rows, height), triton.cdiv(width, columns)
-        _swiglu[grid](gate_up, out, rows, width, height, columns, num_warps=warps)
+        given = gate_up if weights is None else weights
+        _swiglu[grid](gate_up, given, out, rows, width, weights is not None, height, columns, num_warps=warps)
     return out
 
 
@@ -149,6 +160,20 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     return grads
 
 
+def swiglu_again(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """By the gradient (P, F) of a weighted `swiglu`: those of its input and weights, between them its result again.
+
+    The result takes the memory of `grad`.
+    """
+    grads = torch.empty_like(gate_up)
+    grad_weights = None if weights is None else torch.empty_like(weights)
+    if grad.numel():
+        given, found = (gate_up, grads) if weights is None else (weights, grad_weights)
+        width, is_weighted = grad.shape[1], weights is not None
+        _swiglu_again[(len(grad),)](grad, gate_up, given, grads, found, width, is_weighted, _columns(width))
+    return grads, grad, grad_weights
+
+
 def spread(x: Tensor, places: Tensor) -> Tensor:
     """Tokens (T, D) to the places (T, K) of their assignments: (P, D)."""
     (tokens, width), top_k = x.shape, places.shape[1]
@@ -158,23 +183,11 @@ def spread(x: Tensor, places: Tensor) -> Tensor:
     return out
 
 
-def gather_sum(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
-    """The sum, weighted by (T, K) where there are weights, of the rows (P, D) at places (T, K): (T, D)."""
+def gather_sum(rows: Tensor, places: Tensor) -> Tensor:
+    """The sum of the rows (P, D) at places (T, K): (T, D)."""
     (tokens, top_k), width = places.shape, rows.shape[1]
     out, columns = rows.new_empty(tokens, width), _columns(width)
     if out.numel():
-        given = places if weights is None else weights
         grid = tokens, triton.cdiv(width, columns)
-        _gather_sum[grid](rows, places, given, out, width, top_k, weights is not None, columns)
+        _gather_sum[grid](rows, places, out, width, top_k, columns)
     return out
-
-
-def combine_backward(grad: Tensor, y: Tensor, weights: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of rows (P, D) and, in fp32, weights (T, K) of a weighted `gather_sum`, of that of its result."""
-    grad_y, grad_weights = torch.empty_like(y), torch.empty_like(weights, dtype=torch.float32)
-    width = y.shape[1]
-    if y.numel():
-        _combine_backward[(len(y),)](
-            grad, y, weights, order, grad_y, grad_weights, width, weights.shape[1], _columns(width)
-        )
-    return grad_y, grad_weights

@@ -60,19 +60,27 @@ def inverse_permutation(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
-def gather_sum(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
-    """(P, D) rows, (T, K) places -> (T, D): the sum, weighted by (T, K), of the K rows of each token.
+def gather_sum(rows: Tensor, places: Tensor) -> Tensor:
+    """(P, D) rows, (T, K) places -> (T, D): the sum of the K rows of each token.
 
     One kernel that adds up in fp32 and makes no (P, D) copy. `torch.compile` makes one, too, of the plain formula and
     what surrounds it.
     """
     if torch.compiler.is_compiling():
         chosen = rows.index_select(0, places.flatten()).unflatten(0, places.shape)  # (T, K, D)
-        chosen = chosen if weights is None else chosen * weights.unsqueeze(-1)
         return chosen.sum(dim=1, dtype=rows.dtype)  # autocast would widen it
     if fused.serves(rows, places):
-        return fused.gather_sum(rows, places, weights)
-    return F.embedding_bag(places, rows.detach(), mode="sum", per_sample_weights=weights)
+        return fused.gather_sum(rows, places)
+    return F.embedding_bag(places, rows.detach(), mode="sum")
+
+
+def spread(x: Tensor, places: Tensor) -> Tensor:
+    """(T, D) rows, (T, K) places -> (P, D): each row K times."""
+    if fused.serves(x, places):
+        return fused.spread(x, places)
+    rows = x.new_empty(places.numel(), x.shape[1])
+    put = rows.index_put if torch.compiler.is_compiling() else rows.index_put_
+    return put((places,), x.unsqueeze(1))
 
 
 class Dispatch(torch.autograd.Function):
@@ -86,11 +94,7 @@ class Dispatch(torch.autograd.Function):
     def forward(ctx, x: Tensor, inverse: Tensor, top_k: int) -> Tensor:
         places = inverse.unflatten(0, (-1, top_k))  # (T, K)
         ctx.save_for_backward(places)
-        if fused.serves(x, places):
-            return fused.spread(x, places)
-        rows = x.new_empty(len(inverse), x.shape[1])
-        put = rows.index_put if torch.compiler.is_compiling() else rows.index_put_
-        return put((places,), x.unsqueeze(1))
+        return spread(x, places)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # (P, D)
@@ -99,25 +103,50 @@ class Dispatch(torch.autograd.Function):
 
 
 class Combine(torch.autograd.Function):
-    """Weighted sum over its K experts for each token: (P, D) in expert order and (T, K) weights -> (T, D).
+    """The sum over its K experts for each token: (P, D) in expert order, weighted already -> (T, D).
 
-    Both directions are gathers, for the same reason as in `Dispatch`.
+    `Dispatch` the other way round, in both directions: it saves none of the rows.
     """
 
     @staticmethod
-    def forward(ctx, y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(y, weights, order, inverse)
-        return gather_sum(y, inverse.view_as(weights), weights.to(y.dtype))
+    def forward(ctx, y: Tensor, inverse: Tensor, top_k: int) -> Tensor:
+        places = inverse.unflatten(0, (-1, top_k))  # (T, K)
+        ctx.save_for_backward(places)
+        return gather_sum(y, places)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # (T, D)
-        y, weights, order, inverse = ctx.saved_tensors
-        if fused.serves(grad, y, weights, order):
-            return *fused.combine_backward(grad, y, weights.to(y.dtype), order), None, None
-        grad = grad.index_select(0, order // weights.shape[1])  # (P, D)
-        grad_y = grad * weights.flatten()[order].to(grad.dtype).unsqueeze(-1)
-        grad_weights = (grad * y).sum(dim=-1, dtype=torch.float32)[inverse].view_as(weights)
-        return grad_y, grad_weights, None, None
+        (places,) = ctx.saved_tensors
+        return spread(grad, places), None, None
+
+
+class Permute(torch.autograd.Function):
+    """x[order], whose backward is a gather by the `inverse`, too: (P,) -> (P,)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+class Weighted(torch.autograd.Function):
+    """Rows (P, D) times (P,) weights, whose gradient is summed in fp32."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weights)
+        return y * weights.to(y.dtype).unsqueeze(-1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        y, weights = ctx.saved_tensors
+        grad_weights = (grad * y).sum(dim=-1, dtype=torch.float32).to(weights.dtype)
+        return grad * weights.to(grad.dtype).unsqueeze(-1), grad_weights
 
 
 def sort_by_token(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -126,9 +155,9 @@ def sort_by_token(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return places, torch._convert_indices_from_coo_to_csr(sorted_tokens, count)[:-1]
 
 
-def bag_sum(rows: Tensor, places: Tensor, starts: Tensor, weights: Tensor | None = None) -> Tensor:
+def bag_sum(rows: Tensor, places: Tensor, starts: Tensor) -> Tensor:
     """`gather_sum` where tokens have several numbers of rows: (P, D), (P,) places by token, (T,) starts -> (T, D)."""
-    return F.embedding_bag(places, rows.detach(), starts, mode="sum", per_sample_weights=weights)
+    return F.embedding_bag(places, rows.detach(), starts, mode="sum")
 
 
 class DispatchBags(torch.autograd.Function):
@@ -146,19 +175,17 @@ class DispatchBags(torch.autograd.Function):
 
 
 class CombineBags(torch.autograd.Function):
-    """`Combine` where tokens have several numbers of experts: (P, D) and (P,) weights by place -> (T, D)."""
+    """`Combine` where tokens have several numbers of experts: (P, D), weighted already -> (T, D)."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, weights: Tensor, tokens: Tensor, places: Tensor, starts: Tensor) -> Tensor:
-        ctx.save_for_backward(y, weights, tokens)
-        return bag_sum(y, places, starts, weights.to(y.dtype)[places])
+    def forward(ctx, y: Tensor, tokens: Tensor, places: Tensor, starts: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        return bag_sum(y, places, starts)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # (T, D)
-        y, weights, tokens = ctx.saved_tensors
-        grad = grad.index_select(0, tokens)  # (P, D)
-        grad_weights = (grad * y).sum(dim=-1, dtype=torch.float32)
-        return grad * weights.to(grad.dtype).unsqueeze(-1), grad_weights, None, None, None
+        (tokens,) = ctx.saved_tensors
+        return grad.index_select(0, tokens), None, None, None
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
@@ -210,23 +237,76 @@ class SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate_up)
         if fused.serves(gate_up):
             return fused.swiglu(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up if torch.compiler.is_compiling() else F.silu(gate).mul_(up)
+        return _swiglu(gate_up)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        if torch.compiler.is_compiling():  # one kernel of the plain formula
-            return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
         if fused.serves(grad, gate_up):
             return fused.swiglu_backward(grad, gate_up)
-        grads = torch.empty_like(gate_up)
-        of_gate, of_up = grads.chunk(2, dim=-1)  # written in place: here a step has its peak of memory
-        torch.mul(grad, up, out=of_gate)
-        torch.ops.aten.silu_backward(of_gate, gate, grad_input=of_gate)
-        torch.ops.aten.silu(gate, out=of_up).mul_(grad)
-        return grads
+        return _swiglu_backward(grad, gate_up)
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up if torch.compiler.is_compiling() else F.silu(gate).mul_(up)
+
+
+def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():  # one kernel of the plain formula
+        return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
+    grads = torch.empty_like(gate_up)
+    of_gate, of_up = grads.chunk(2, dim=-1)  # written in place
+    torch.mul(grad, up, out=of_gate)
+    torch.ops.aten.silu_backward(of_gate, gate, grad_input=of_gate)
+    torch.ops.aten.silu(gate, out=of_up).mul_(grad)
+    return grads
+
+
+class SwiGLUDown(torch.autograd.Function):
+    """The second half of SwiGLU experts: down(silu(gate) * up * weight), in expert order, weighted where weights are.
+
+    Weighted before the product and not after it, an expert's result need not be saved for the weight's gradient; and
+    what the product is of, which is wider still, is computed again in the backward: saves its input alone.
+    """
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, weights: Tensor | None, down: Tensor, offsets: Tensor) -> Tensor:
+        """(P, 2F), (P,), (E, D, F), (E,) -> (P, D)"""
+        ctx.save_for_backward(gate_up, weights, down, offsets)
+        if fused.serves(gate_up):
+            hidden = fused.swiglu(gate_up, weights)
+        else:
+            hidden = _scaled(_swiglu(gate_up), weights)
+        return F.grouped_mm(hidden, down.transpose(1, 2), offs=offsets)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # (P, D)
+        gate_up, weights, down, offsets = ctx.saved_tensors
+        grad = grad.contiguous()
+
+        def of_down(hidden: Tensor) -> Tensor | None:  # (P, F) -> (E, D, F)
+            return F.grouped_mm(grad.T, hidden, offs=offsets) if ctx.needs_input_grad[2] else None
+
+        grad_hidden, grad_weights = F.grouped_mm(grad, down, offs=offsets), None  # (P, F)
+        if fused.serves(grad_hidden, gate_up):
+            grads, hidden, grad_weights = fused.swiglu_again(grad_hidden, gate_up, weights)
+            return grads, grad_weights, of_down(hidden), None
+        hidden = _swiglu(gate_up)
+        if weights is not None:
+            grad_weights = (grad_hidden * hidden).sum(dim=-1, dtype=torch.float32).to(weights.dtype)
+        grad_down = of_down(_scaled(hidden, weights))
+        del hidden  # before what is twice as wide is made: here a step has its peak of memory
+        return _swiglu_backward(_scaled(grad_hidden, weights), gate_up), grad_weights, grad_down, None
+
+
+def _scaled(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Rows (P, F), which nobody needs as they were, times (P,) weights."""
+    if weights is None:
+        return rows
+    weights = weights.to(rows.dtype).unsqueeze(-1)
+    return rows * weights if torch.compiler.is_compiling() else rows.mul_(weights)
 
 
 class AdaptiveLayerNorm(torch.autograd.Function):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import SwiGLU, compute_dtype, grouped_mm, segments_mm
+from kernels import SwiGLU, SwiGLUDown, Weighted, compute_dtype, grouped_mm, segments_mm
 from layers import GELUMLP
 from routers import ROUTERS, RouterConfig, Routing, Where
 
@@ -36,10 +36,10 @@ class Experts(nn.Module):
     def product(self, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
         """(P, I) in expert order x (E, O, I), + (E, O) -> (P, O), in the precision of x."""
         product = {"grouped_mm": grouped_mm, "loop": segments_mm}[self.backend]
-        weight, bias = (p.to_local() if hasattr(p, "to_local") else p for p in (weight, bias))  # experts dealt out
-        return product(x, weight.to(x.dtype), offsets, None if bias is None else bias.to(x.dtype))
+        return product(x, as_used(weight, x), offsets, None if bias is None else as_used(bias, x))
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:  # (P, D) in expert order, (E,) -> (P, D)
+    def forward(self, x: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """(P, D) in expert order, (E,) -> (P, D), times (P,) weights where they are given."""
         raise NotImplementedError
 
     def hidden_units(self) -> dict[str, Tensor]:
@@ -51,6 +51,15 @@ class Experts(nn.Module):
         raise NotImplementedError
 
 
+def as_used(parameter: Tensor, x: Tensor) -> Tensor:
+    """What a product with x is computed with; of experts that are dealt out, those that are here."""
+    return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).to(x.dtype)
+
+
+def weighted(y: Tensor, weights: Tensor | None) -> Tensor:
+    return y if weights is None else Weighted.apply(y, weights)
+
+
 class SwiGLUExperts(Experts):
     """down(silu(gate x) * up x) without biases, as published; gates and ups are one product."""
 
@@ -60,9 +69,11 @@ class SwiGLUExperts(Experts):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))  # (E, D, F)
         self.roles = {"gate_up_proj": "expert", "down_proj": "expert"}
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        hidden = SwiGLU.apply(self.product(x, self.gate_up_proj, offsets))  # (P, F)
-        return self.product(hidden, self.down_proj, offsets)
+    def forward(self, x: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+        gate_up = self.product(x, self.gate_up_proj, offsets)  # (P, 2F)
+        if self.backend == "grouped_mm":
+            return SwiGLUDown.apply(gate_up, weights, as_used(self.down_proj, x), offsets)
+        return weighted(self.product(SwiGLU.apply(gate_up), self.down_proj, offsets), weights)
 
     def hidden_units(self) -> dict[str, Tensor]:
         gate, up = self.gate_up_proj.detach().chunk(2, dim=1)
@@ -85,9 +96,9 @@ class GELUExperts(Experts):
         self.fc2_bias = nn.Parameter(torch.empty(num_experts, hidden_size))  # (E, D)
         self.roles = {"fc1_weight": "expert", "fc2_weight": "expert", "fc1_bias": "vector", "fc2_bias": "vector"}
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+    def forward(self, x: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
         hidden = F.gelu(self.product(x, self.fc1_weight, offsets, self.fc1_bias), approximate="tanh")  # (P, F)
-        return self.product(hidden, self.fc2_weight, offsets, self.fc2_bias)
+        return weighted(self.product(hidden, self.fc2_weight, offsets, self.fc2_bias), weights)
 
     def hidden_units(self) -> dict[str, Tensor]:
         fc1, bias, fc2 = (p.detach() for p in (self.fc1_weight, self.fc1_bias, self.fc2_weight))
@@ -163,10 +174,10 @@ class MoE(nn.Module):
         tokens = x.flatten(0, -2).to(compute_dtype(next(self.experts.parameters())))  # (T, D)
         routing = self.gate(tokens, Where(1 if x.ndim < 3 else len(x), null))
 
-        def experts(y: Tensor) -> Tensor:  # (P, D)
+        def experts(y: Tensor, weights: Tensor) -> Tensor:  # (P, D), (P,)
             if self.parallel is None:
-                return self.experts(y, routing.offsets)
-            return self.parallel(self.experts, y, routing.tokens_per_expert)
+                return self.experts(y, routing.offsets, weights)
+            return weighted(self.parallel(self.experts, y, routing.tokens_per_expert), weights)
 
         out = routing.run(tokens, experts)  # (T, D)
         if self.shared_experts is not None:

@@ -34,6 +34,7 @@ from kernels import (
     Dispatch,
     DispatchBags,
     FP32Linear,
+    Permute,
     inverse_permutation,
     sort_by_expert,
     sort_by_token,
@@ -68,19 +69,19 @@ class Routing(NamedTuple):
         """(E,) int32, how many of the P assignments each expert got."""
         return self.offsets.diff(prepend=self.offsets.new_zeros(1))
 
-    def run(self, x: Tensor, experts: Callable[[Tensor], Tensor]) -> Tensor:
+    def run(self, x: Tensor, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """(T, D) -> (T, D): the weighted sum of what each token's experts make of it.
 
         Args:
-            experts: (P, D) in expert order -> (P, D).
+            experts: (P, D) and (P,) weights, in expert order -> (P, D), what they make of it times these.
         """
         if self.tokens is None:
-            inverse = inverse_permutation(self.order)  # assignment -> its place
-            y = experts(Dispatch.apply(x, inverse, self.weights.shape[1]))
-            return Combine.apply(y, self.weights, self.order, inverse)
+            inverse, top_k = inverse_permutation(self.order), self.weights.shape[1]  # assignment -> its place
+            weights = Permute.apply(self.weights.flatten(), self.order, inverse)
+            return Combine.apply(experts(Dispatch.apply(x, inverse, top_k), weights), inverse, top_k)
         places, starts = sort_by_token(self.tokens, len(x))
-        y = experts(DispatchBags.apply(x, self.tokens, places, starts))
-        return CombineBags.apply(y, self.weights, self.tokens, places, starts)
+        y = experts(DispatchBags.apply(x, self.tokens, places, starts), self.weights)
+        return CombineBags.apply(y, self.tokens, places, starts)
 
     @property
     def dense_weights(self) -> Tensor:

@@ -249,6 +249,8 @@ def activations(config: DiTConfig, precision: Precision) -> Activations:
     block = (sparse - routing if largest else dense) - T * s * D
     block_products = sparse_results if largest else dense_results
     hidden = config.num_experts_per_tok * config.expert_width if moe else config.mlp_width
+    if moe and config.expert_mlp == "swiglu":  # its gradient, its input's of twice the width, its output's
+        hidden = config.num_experts_per_tok * (3 * config.expert_width + D)
     passing = T * (2 * s * D + c * hidden)
     plain = outside + moe * sparse + (config.depth - moe) * dense
     return Activations(plain, kept, final, block, products, block_products, passing)
@@ -260,8 +262,10 @@ def moe_activations(config: DiTConfig, precision: Precision) -> int:
     F, S, c = config.expert_width, config.shared_width, precision.compute
     router = c * D + 8 * K  # input, which is the shared expert's, too; inverse permutation
     router += 4 * (K + 1) if config.norm_topk_prob else 0  # weights before they are divided by their sum
-    hidden = MATRICES[config.expert_mlp] * F  # gate and up, product; or before, after
-    routed = c * K * (D + hidden + D)  # input, hidden, output
+    hidden = D + 2 * F  # input; gate and up, or before and after GELU
+    if config.expert_mlp != "swiglu":
+        hidden += D  # output: for the gradients of the routing weights
+    routed = K * (c * hidden + 4)  # and these weights, by place
     shared = c * 3 * S  # hidden
     output = c * D  # for the gradient of the gate
     return T * (router + routed + shared + output) + routing_bytes(config)

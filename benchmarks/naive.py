@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kernels import SwiGLU
 from models import DiT
-from moe import MoE, SwiGLUExperts
+from moe import MoE, SwiGLUExperts, weighted
 
 
 class NaiveRouting(NamedTuple):
@@ -106,7 +106,7 @@ class PaddedExperts(nn.Module):
         super().__init__()
         self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:  # (P, D) in expert order, (E,) -> (P, D)
+    def forward(self, x: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:  # (P, D), (E,), (P,) -> (P, D)
         counts = offsets.diff(prepend=offsets.new_zeros(1))
         longest = int(counts.max())
         places = torch.arange(len(x), dtype=offsets.dtype, device=x.device)
@@ -114,7 +114,7 @@ class PaddedExperts(nn.Module):
         slots = expert_of_row * longest + places - (offsets - counts)[expert_of_row]  # (P,)
         padded = x.new_zeros(len(offsets) * longest, x.shape[1]).index_copy(0, slots, x)
         hidden = SwiGLU.apply(padded.unflatten(0, (len(offsets), longest)) @ self.gate_up_proj.mT)  # (E, longest, F)
-        return (hidden @ self.down_proj.mT).flatten(0, 1).index_select(0, slots)
+        return weighted((hidden @ self.down_proj.mT).flatten(0, 1).index_select(0, slots), weights)
 
 
 class DenseMLP(nn.Module):

@@ -4,9 +4,10 @@
     python -m benchmarks.traffic --operations        # each operation, with its tensors' bytes
 
 Every operation that reaches the dispatcher below autograd is taken for one kernel, which reads its inputs and writes
-its results once, in eager mode. The prediction gives each the longer of its arithmetic and its bytes, at rates measured
-on such a GPU, with no allowance for launches, for caches, or for products that run below the rate. It is a lower bound,
-which tells operations apart, and tells what a change should gain before it is measured.
+its results once, in eager mode; what `fused` has in Triton is counted as it would be launched. The prediction gives
+each the longer of its arithmetic and its bytes, at rates measured on such a GPU, with no allowance for launches, for
+caches, or for products that run below the rate. It is a lower bound, which tells operations apart, and tells what a
+change should gain before it is measured.
 """
 
 import contextlib
@@ -14,7 +15,9 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cli
+import fused
 from benchmarks import harness
 from benchmarks.moe_block import EXPERTS
 from benchmarks.naive import DenseMLP
@@ -112,16 +116,60 @@ def _flops(name: str, args) -> int:
     return 0
 
 
-def record(module: nn.Module, x: Tensor, *more: Tensor, autocast: bool = False, grad: bool = True):
+class Launched:
+    """In the place of a kernel of `fused`: notes what it is launched on."""
+
+    def __init__(self, recorder: Recorder, name: str, written: tuple[int, ...], read_too: tuple[int, ...] = ()):
+        self.recorder, self.name, self.written, self.read_too = recorder, name, written, read_too
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, **options) -> None:
+        there = {place: each for place, each in enumerate(args) if isinstance(each, Tensor)}
+        written = [there[place] for place in self.written]
+        read = {id(each): each for place, each in there.items() if place not in self.written or place in self.read_too}
+        sizes = (tuple(map(_size, tensors)) for tensors in (read.values(), written))
+        self.recorder.operations.append(Operation(self.name, *sizes, 0))
+
+
+KERNELS = {  # of `fused`: which of their arguments they write, and which of these they read, too
+    "_swiglu": ((2,),),
+    "_swiglu_backward": ((2,),),
+    "_swiglu_again": ((0, 3, 4), (0,)),
+    "_spread": ((2,),),
+    "_gather_sum": ((2,),),
+}
+
+
+def as_on_a_gpu(recorder: Recorder):
+    """A context in which `fused` serves, and launches nothing."""
+    stands_in = {name: Launched(recorder, f"fused.{name}", *places) for name, places in KERNELS.items()}
+    stands_in["triton"] = SimpleNamespace(
+        cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()
+    )
+    stands_in["serves"] = lambda *tensors: all(each.is_contiguous() for each in tensors)
+    return mock.patch.multiple(fused, create=True, **stands_in)
+
+
+def record(
+    module: nn.Module, x: Tensor, *more: Tensor, autocast: bool = False, grad: bool = True, triton: bool = False
+):
     """The forward, and the backward to input and weights (empty without `grad`), as a `Recorder` each."""
     inputs = [each for each in (x, *more) if each.requires_grad]
     forward, backward = Recorder(), Recorder()
-    with torch.set_grad_enabled(grad), forward, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    kernels = as_on_a_gpu if triton else contextlib.nullcontext
+    with (
+        torch.set_grad_enabled(grad),
+        forward,
+        kernels(forward),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
         out = module(x, *more)
         out = out[0] if isinstance(out, tuple) else out
     if grad:
         gradient = torch.empty_like(out)
-        with backward:
+        with backward, kernels(backward):
             torch.autograd.grad(out, [*inputs, *module.parameters()], gradient)
     return forward, backward
 
@@ -172,13 +220,13 @@ def counted(case: Case) -> dict[str, tuple[Recorder, Recorder]]:
         for way, layer in (("MoE", moe), ("dense", DenseMLP(moe))):
             x = torch.empty(case.tokens // 256, 256, width, requires_grad=True)
             if case.what == "layer":
-                found[way] = record(layer, x)
+                found[way] = record(layer, x, triton=True)
                 continue
             block = DiTBlock(config, is_moe=way == "MoE")
             if way == "dense":
                 block.mlp = layer
             c = torch.empty(len(x), width, requires_grad=True)
-            found[way] = record(block, x, c, autocast=True)
+            found[way] = record(block, x, c, autocast=True, triton=True)
     return found
 
 

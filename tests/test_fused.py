@@ -34,14 +34,14 @@ def test_they_move_whole_vectors():
         module = copy_of("fused_compiled")
     rows = {"rows": "i32", "width": "i32"}
     tiles = {"ROWS": 4, "COLUMNS": 512}
-    rest = {"width": "i32", "places": "*i64", "order": "*i64", "grad_weights": "*fp32"}
+    rest = {"width": "i32", "places": "*i64", "weights": "*fp32", "grad_weights": "*fp32"}
     whole = {"K": 2, "COLUMNS": 1024}
     vectors = {
-        "_swiglu": (rows, tiles, 4, 2),  # with 16 values a thread
+        "_swiglu": (rows, tiles | {"WEIGHTED": False}, 4, 2),  # with 16 values a thread
         "_swiglu_backward": (rows, tiles, 6, 4),
+        "_swiglu_again": (rest, {"WEIGHTED": True, "COLUMNS": 1024}, 3, 3),
         "_spread": (rest, whole, 1, 2),
-        "_gather_sum": (rest, whole | {"WEIGHTED": True}, 2, 1),
-        "_combine_backward": (rest, whole, 2, 1),
+        "_gather_sum": (rest, whole, 2, 1),
     }
     for name, (types, constants, loads, stores) in vectors.items():
         code = assembly(getattr(module, name), types, constants)
@@ -92,6 +92,25 @@ def test_swiglu(kernels, shape):
     torch.testing.assert_close(kernels.swiglu_backward(grad, gate_up.detach()), grads)
 
 
+@pytest.mark.parametrize("has_weights", [True, False], ids=["weighted", "plain"])
+@pytest.mark.parametrize("shape", [(5, 2 * 24), (3, 2 * 1100), (0, 2 * 16)], ids=str)
+def test_swiglu_of_weighted_rows_and_again(kernels, shape, has_weights):
+    gate_up, weights = randn(*shape), randn(shape[0]) if has_weights else None
+    gate, up = gate_up.chunk(2, dim=-1)
+    expected = F.silu(gate) * up * (weights.unsqueeze(-1) if has_weights else 1)
+    grad = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, [gate_up, weights] if has_weights else [gate_up], grad)
+    given = weights.detach() if has_weights else None
+    torch.testing.assert_close(kernels.swiglu(gate_up.detach(), given), expected)
+    grads, hidden, grad_weights = kernels.swiglu_again(grad.clone(), gate_up.detach(), given)
+    torch.testing.assert_close(hidden, expected)
+    torch.testing.assert_close(grads, wanted[0])
+    if has_weights:
+        torch.testing.assert_close(grad_weights, wanted[1])
+    else:
+        assert grad_weights is None
+
+
 @pytest.mark.skipif(
     not ON_GPU and torch.__version__ < "2.15", reason="the interpreter of older Tritons loads no single values"
 )
@@ -100,21 +119,13 @@ def test_tokens_to_their_places_and_back(kernels, size):
     tokens, top_k, width = size
     inverse = torch.randperm(tokens * top_k, device=DEVICE)  # of assignment -> place
     order, places = inverse.argsort(), inverse.view(tokens, top_k)
-    x, y, weights = randn(tokens, width), randn(tokens * top_k, width), randn(tokens, top_k)
+    x, y = randn(tokens, width), randn(tokens * top_k, width)
 
     rows = x.detach().repeat_interleave(top_k, dim=0)[order]
     assert torch.equal(kernels.spread(x.detach(), places), rows)
 
     chosen = y[inverse].unflatten(0, (tokens, top_k))
-    torch.testing.assert_close(kernels.gather_sum(y.detach(), places, None), chosen.sum(dim=1))
-    expected = (chosen * weights.unsqueeze(-1)).sum(dim=1)
-    torch.testing.assert_close(kernels.gather_sum(y.detach(), places, weights.detach()), expected)
-
-    grad = torch.randn_like(expected)
-    of_y, of_weights = torch.autograd.grad(expected, (y, weights), grad)
-    found_y, found_weights = kernels.combine_backward(grad, y.detach(), weights.detach(), order)
-    torch.testing.assert_close(found_y, of_y)
-    torch.testing.assert_close(found_weights, of_weights)
+    torch.testing.assert_close(kernels.gather_sum(y.detach(), places), chosen.sum(dim=1))
 
 
 def test_plain_formulas_serve_elsewhere():
