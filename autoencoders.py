@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 
 from checkpoint import load_pickle
 from cli import UsageError
+from compiling import Compiling
 from hub import brief, file_of, place_of
 from records import check_record, read_record
 
@@ -167,6 +168,11 @@ class LatentVAE(SpaceInfo):
             checksum.update(name.encode())
             checksum.update(tensor.cpu().contiguous().numpy().tobytes())
         return checksum.hexdigest()
+
+    def compile_encoder(self, **options) -> None:
+        """torch.compile what `moments` computes, in place; options as `Compiling` has them."""
+        encoder = self.vae.encoder
+        encoder.forward = Compiling("convolutions", **options)(encoder.forward, fullgraph=False)
 
     @torch.no_grad()
     def encode(self, x: Tensor, noise: Tensor) -> Tensor:

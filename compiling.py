@@ -1,4 +1,4 @@
-"""torch.compile of a network's blocks: where it pays, kept between runs, and given up in words where it fails."""
+"""torch.compile of networks: where it pays, kept between runs, and given up in words where it fails."""
 
 import os
 import time
@@ -34,12 +34,13 @@ def choose_compile(wanted: bool | str, config: DiTConfig, device: torch.device, 
 class Compiling:
     """Compiles functions, and says so.
 
+    what      is said to be compiled: a plural
     note      told in a line what it took, or why it failed
     or_plain  the first failure lets all of them run as they are; else it is raised
     """
 
-    def __init__(self, note: Callable[[str], None] = lambda line: None, or_plain: bool = False):
-        self.note, self.or_plain = note, or_plain
+    def __init__(self, what: str = "blocks", note: Callable[[str], None] = lambda line: None, or_plain: bool = False):
+        self.what, self.note, self.or_plain = what, note, or_plain
         self.given_up, self.called = False, False
         folder = _kept_in()
         if hasattr(functorch, "force_non_lazy_backward_lowering"):
@@ -60,10 +61,10 @@ class Compiling:
                 if not self.or_plain:
                     raise
                 self.given_up = True
-                self.note(f"WARNING: blocks run uncompiled, {type(error).__name__}: {first_line(error)}")
+                self.note(f"WARNING: {self.what} run uncompiled, {type(error).__name__}: {first_line(error)}")
                 return function(*args)
             if first:
-                self.note(f"blocks compiled, in {time.perf_counter() - began:.1f} s ({self.where})")
+                self.note(f"{self.what} compiled, in {time.perf_counter() - began:.1f} s ({self.where})")
             return out
 
         return run

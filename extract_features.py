@@ -109,6 +109,7 @@ def get_parser() -> cli.Parser:
     group = parser.add_argument_group("machine")
     machine.add_device_argument(group)
     group.add_argument("--precision", choices=machine.PRECISIONS, help="of the autoencoder: fp16 on a GPU, else fp32")
+    parser.add_switch(group, "--compile", "auto", "torch.compile the autoencoder; auto: on a GPU in half precision")
     group.add_argument("--local-rank", type=int, help="set by launchers; not used")
     return parser
 
@@ -203,6 +204,10 @@ def prepare(args, processes: distributed.Processes) -> Job:
     space.to(processes.device)
     if processes.device.type == "cuda":
         space.vae.to(memory_format=torch.channels_last)  # the layout of half-precision convolutions
+    by_itself = processes.device.type == "cuda" and settings["precision"] != "fp32"
+    if by_itself if args.compile == "auto" else args.compile:
+        note = print if processes.is_main else lambda line: None
+        space.compile_encoder(note=note, or_plain=args.compile == "auto")
     return Job(
         args.features_path,
         processes,

@@ -2,6 +2,7 @@
 killed, resumed, damaged.
 """
 
+import functools
 import json
 import os
 import re
@@ -272,6 +273,18 @@ def test_batches_and_workers_do_not_change_the_features(images, autoencoder, tmp
     for number in range(4):
         found, same = (np.load(tmp_path / f / f"shard-0000{number}.npy").astype(float) for f in "ac")
         np.testing.assert_allclose(found, same, rtol=2**-10, atol=1e-6)
+
+
+def test_a_compiled_autoencoder_gives_the_same_features(images, autoencoder, tmp_path, monkeypatch, capsys):
+    """Traced, and run without Inductor, which would take half a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    extract(images, autoencoder, tmp_path / "a")
+    assert "compiled" not in capsys.readouterr().out  # by itself on a GPU alone
+    extract(images, autoencoder, tmp_path / "b", "--compile")
+    for number in range(4):
+        found, same = (np.load(tmp_path / f / f"shard-0000{number}.npy").astype(float) for f in "ab")
+        np.testing.assert_allclose(found, same, rtol=2**-10, atol=1e-6)
+    assert "convolutions compiled, in " in capsys.readouterr().out
 
 
 @pytest.mark.slow
