@@ -196,6 +196,11 @@ SETUPS |= {
     for name in ROUTED
     for count in NUMBERS
 }
+AT_TWICE = {  # the rate: for which of them is the usual one a handicap?
+    f"{name}, twice the rate": replace(SETUPS[name], lr=2 * LR)
+    for name in (on_patterns("dense, scenes", AMONG), on_patterns("softmax, 16", AMONG))
+}
+SETUPS |= AT_TWICE
 BY_NUMBER = ("dense, scenes", "softmax, 16", "softmax, 16, shorter")
 EXPERIMENTS = {
     "experts": ("dense", "1 expert", "4 experts", "8 experts", "16 experts", "8 experts, normalized"),
@@ -203,7 +208,7 @@ EXPERIMENTS = {
     "samplers": ("8 experts", "DDPM, linear, eps", "DDPM, cosine, v"),
     "places": ("8 experts", "no shared expert", "deep half", "shallow half", "every second", "dense"),
     "routers": ROUTED,
-    "patterns": tuple(on_patterns(name, AMONG) for name in ROUTED),
+    "patterns": (*(on_patterns(name, AMONG) for name in ROUTED), *AT_TWICE),
     "memory": tuple(on_patterns(name, count) for count in NUMBERS for name in BY_NUMBER),
     "parts": ("dense", "RoPE", "SwiGLU", "RoPE, SwiGLU"),  # dense: a table of sine and cosine, GELU
     "muon": ("dense, Muon", "1 expert, Muon", "softmax, Muon", "softmax, 16, Muon", "softmax, 16, Muon, shorter"),
@@ -415,7 +420,7 @@ def step_seconds(names: Iterable[str], to: str) -> dict[str, float]:
 LOSSES = (0.25, 0.3, 0.4, 0.6, 1.0, 1.6)  # named on logarithmic axes
 DISTANCES = (1, 1.5, 2, 3, 4, 5)
 COLORS = ("black", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by all eyes
-COLORS += ("#56b4e9", "0.5", "#8c510a", "#6a3d9a")
+COLORS += ("#56b4e9", "0.5", "#8c510a", "#6a3d9a", "#1b7837", "#b2182b")
 
 
 def report_experts(runs: Runs, scorer: Scorer, to: str = "dense") -> tuple[str, Figure]:
