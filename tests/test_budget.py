@@ -57,6 +57,7 @@ def test_traffic_of_a_layer(experts, forward, both):
     """Outside of products, in activations of one width, bf16: what an XL layer reads and writes, to one of them."""
     rows = case_rows(Case("layer", "XL", experts, 16384), flops=1, bandwidth=1)
     moved = {(row["what"], row["pass"]): round(row["widths moved outside products"]) for row in rows}
+    assert [row["kernels"] for row in rows] == [19, 43, 3, 8]
     assert moved == {
         ("layer, MoE", "forward"): forward,
         ("layer, MoE", "forward + backward"): both,
