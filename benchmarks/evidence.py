@@ -417,10 +417,15 @@ def step_seconds(names: Iterable[str], to: str) -> dict[str, float]:
 
 # -------------------------------------------------------------------------------------------------------------- reports
 
-LOSSES = (0.25, 0.3, 0.4, 0.6, 1.0, 1.6)  # named on logarithmic axes
+LOSSES = (0.25, 0.3, 0.4, 0.6, 1.0, 1.3, 1.6)  # named on logarithmic axes
 DISTANCES = (1, 1.5, 2, 3, 4, 5)
 COLORS = ("black", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by all eyes
 COLORS += ("#56b4e9", "0.5", "#8c510a", "#6a3d9a", "#1b7837", "#b2182b")
+
+
+def said(name: str) -> str:
+    """Of a setup, without what all of a table share."""
+    return name.replace(f", {AMONG} patterns", "").removesuffix(", scenes")
 
 
 def report_experts(runs: Runs, scorer: Scorer, to: str = "dense") -> tuple[str, Figure]:
@@ -432,14 +437,14 @@ def report_experts(runs: Runs, scorer: Scorer, to: str = "dense") -> tuple[str, 
         per_seed = losses.mean(axis=2, keepdims=True)
         teraflops = steps * BATCH * flops(SETUPS[name].config).training / 1e12
         for axes, x in ((over_steps, steps), (over_flops, teraflops), (over_time, steps * seconds[name])):
-            band(axes, x, per_seed, name, color)
+            band(axes, x, per_seed, said(name), color)
         beginning = max(beginning, per_seed.mean(axis=0)[len(steps) // 8, 0])
         if len(steps) == len(runs[to][0]["steps"]):
-            band(difference, steps, losses - stacked(runs[to], "losses"), name, color)
+            band(difference, steps, losses - stacked(runs[to], "losses"), said(name), color)
     over_steps.set(xlabel="training step", ylabel="held-out loss")
     over_flops.set(xlabel="training compute (TFLOP)", ylabel="held-out loss")
     over_time.set(xlabel="training time (CPU seconds of one core)", ylabel="held-out loss")
-    difference.set(xlabel="training step", ylabel=f"held-out loss, less that of {to}")
+    difference.set(xlabel="training step", ylabel=f"held-out loss, less that of {said(to)}")
     for axes in (over_steps, over_flops, over_time):
         axes.set_yscale("log")
         axes.set_yticks(LOSSES, labels=map(str, LOSSES))
@@ -447,11 +452,14 @@ def report_experts(runs: Runs, scorer: Scorer, to: str = "dense") -> tuple[str, 
         axes.set_ylim(0.98 * min(run["losses"].mean(axis=1).min() for mine in runs.values() for run in mine), beginning)
     finish(figure, over_steps)
     whole = {name: mine[0]["steps"][-1] * seconds[name] for name, mine in runs.items()}
-    more = [(f"time of training, over {to}", [f"{each / whole[to]:.2f}" for each in whole.values()]), *of_load(runs)]
+    more = [
+        (f"time of training, over {said(to)}", [f"{each / whole[to]:.2f}" for each in whole.values()]),
+        *of_load(runs),
+    ]
     if all("losses, other writers" in run for mine in runs.values() for run in mine):
         others = {name: stacked(mine, "losses, other writers") for name, mine in runs.items()}
         more += [("loss, other writers", [f"{each.mean():.4f}" for each in others.values()])]
-        more += [(f"less {to}", [versus(others, name, to) for name in runs])]
+        more += [(f"less {said(to)}", [versus(others, name, to) for name in runs])]
     return comparison(runs, to, scorer, seconds, more), figure
 
 
@@ -465,9 +473,9 @@ def report_memory(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
         losses[name] = np.stack([stacked(mine, "losses")[:, -1] for mine in each.values()], axis=1)  # (S, numbers, N)
         shares[name] = np.stack([recognised(mine, judge(count, False)) for count, mine in each.items()], axis=1)
         for axes, values in ((ahead, losses[name] - losses[to]), (right, shares[name])):
-            band(axes, np.array(NUMBERS), values, name, color, marker="o", markersize=4)
+            band(axes, np.array(NUMBERS), values, said(name), color, marker="o", markersize=4)
     ahead.set(xlabel="patterns", ylabel="held-out loss, less that of dense")
-    right.set(xlabel="patterns", ylabel="share of cells that show a pattern of their label")
+    right.set(xlabel="patterns", ylabel="share of cells that show\na pattern of their label")
     for axes in panels:
         axes.set(xscale="log")
     finish(figure, right)
@@ -478,7 +486,7 @@ def report_memory(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
         "loss, dense",
         *(f"{name} ({whole[name] / whole[to]:.2f} of its time), less dense" for name in mixtures),
     ]
-    header += [f"recognised, {name}" for name in BY_NUMBER]
+    header += [f"recognised, {said(name)}" for name in BY_NUMBER]
     rows = [
         [
             *(f"{count:,}", f"{losses[to][:, place].mean():.4f}"),
@@ -674,7 +682,7 @@ def of_losses(runs: Runs, to: str) -> Columns:
     losses = {name: stacked(mine, "losses")[:, -1] for name, mine in runs.items()}
     return [
         ("loss", [f"{each.mean():.4f}" for each in losses.values()]),
-        (f"less {to}", [versus(losses, name, to) for name in runs]),
+        (f"less {said(to)}", [versus(losses, name, to) for name in runs]),
     ]
 
 
@@ -694,9 +702,9 @@ def of_samples(runs: Runs, to: str, scorer: Scorer) -> Columns:
     right = {name: recognised(mine, scorer) for name, mine in runs.items()}
     return [
         ("recognised", [f"{each.mean():.1%}" for each in right.values()]),
-        (f"less {to}", [versus(right, name, to) for name in runs]),
+        (f"less {said(to)}", [versus(right, name, to) for name in runs]),
         ("Fréchet distance", [f"{each.mean():.3f}" for each in far.values()]),
-        (f"less {to}", [versus(far, name, to) for name in runs]),
+        (f"less {said(to)}", [versus(far, name, to) for name in runs]),
     ]
 
 
@@ -724,7 +732,7 @@ def distance(runs: list[Run], scorer: Scorer) -> np.ndarray:
 def table(runs: Runs, columns: Columns, scorer: Scorer, what: str = "run") -> str:
     """A row for each run, and one of real images."""
     header, cells = zip(*columns, strict=True)
-    rows = [[name, *row] for name, row in zip(runs, zip(*cells, strict=True), strict=True)]
+    rows = [[said(name), *row] for name, row in zip(runs, zip(*cells, strict=True), strict=True)]
     (images,) = JUDGED.values()
     real = {"Fréchet distance": f"{scorer.distance(scorer.real[:images]):.3f}"}
     rows.append([f"{images} real ones", *(real.get(each) for each in header)])
@@ -746,7 +754,9 @@ def band(axes, x: np.ndarray, values: np.ndarray, label: str, color: str, **styl
 def finish(figure: Figure, legend_of) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*legend_of.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    handles, labels = legend_of.get_legend_handles_labels()
+    columns = 4 if len(labels) > 10 else 5
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 if __name__ == "__main__":
