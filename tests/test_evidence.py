@@ -170,9 +170,7 @@ def test_whole_chain_resumes_and_remakes_pictures(tiny, tmp_path, capfd, monkeyp
     (tmp_path / "runs" / "dense-0.npz").unlink()
     evidence.main(evidence.get_parser().parse_args([*flags, "--jobs", "2"]))
     again = capfd.readouterr().out
-    assert (
-        again.count(" s of training\n") == 1 + 14 + 3 + 4 + 11
-    )  # what was missing, and those of the others
+    assert again.count(" s of training\n") == 1 + 14 + 3 + 4 + 11  # what was missing, and those of the others
     assert "| AdamW | " in again and "| smaller, 2 |" in again and "| length 0.05 |" in again
     assert again.split("\nexperts\n")[1].startswith(written.split("\nexperts\n")[1].split("| dense")[0])
     pictures = {path.name: Image.open(path).size for path in tmp_path.glob("*.png")}
