@@ -170,7 +170,7 @@ class LatentVAE(SpaceInfo):
         return checksum.hexdigest()
 
     def compile_encoder(self, **options) -> None:
-        """torch.compile what `moments` computes, in place; options as `Compiling` has them."""
+        """torch.compile its encoder in place; options as `Compiling` has them."""
         encoder = self.vae.encoder
         encoder.forward = Compiling("convolutions", **options)(encoder.forward, fullgraph=False)
 

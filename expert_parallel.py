@@ -3,8 +3,9 @@
 N processes of the group · E experts, E/N on each · P assignments of this process's tokens · R that arrive here
 
 Tokens come sorted by expert, so what goes to one process is one contiguous piece; what arrives is sorted anew, since it
-comes from N processes. Two exchanges of tokens a layer and direction, one of counts, whose result the host must know:
-the only host access of the whole model. No token is dropped, however uneven the routing.
+comes from N processes. Two exchanges of tokens a layer and direction, one of their weights, so that experts save as
+little as on one process, and one of counts, whose result the host must know: the only host access of the whole model.
+No token is dropped, however uneven the routing.
 """
 
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from cli import UsageError
 from configuration import DiTConfig
-from kernels import Dispatch, inverse_permutation, sort_by_expert
+from kernels import Dispatch, Permute, inverse_permutation, sort_by_expert
 from moe import MoE
 
 
@@ -43,21 +44,22 @@ class ExpertParallel:
         self.group = group
 
     @torch.compiler.disable  # compiled code cannot know how many tokens will arrive
-    def __call__(self, experts: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
-        """(P, D) in expert order and counts (E,) -> (P, D); equal to `experts` with all E on one process."""
+    def __call__(self, experts: nn.Module, x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        """(P, D) and (P,) in expert order, counts (E,) -> (P, D); equal to `experts` with all E on one process."""
         size = self.group.size()
         counts_here = torch.empty_like(counts)  # (E,): what each process sends to each of my experts
         dist.all_to_all_single(counts_here, counts.contiguous(), group=self.group)
         sent, received = torch.stack([counts, counts_here]).view(2, size, -1).sum(dim=2).tolist()
 
         arrived = AllToAll.apply(x, sent, received, self.group)  # (R, D) by process, then by expert
+        weights = AllToAll.apply(weights.unsqueeze(1), sent, received, self.group).squeeze(1)  # (R,)
         expert_ids = torch.arange(len(counts) // size, device=x.device).repeat(size)
         expert_ids = expert_ids.repeat_interleave(counts_here, output_size=sum(received))  # (R,)
         if nothing := not sum(received):  # products with no row at all have no backward
-            arrived, expert_ids = F.pad(arrived, (0, 0, 0, 1)), expert_ids.new_zeros(1)
+            arrived, weights, expert_ids = F.pad(arrived, (0, 0, 0, 1)), F.pad(weights, (0, 1)), expert_ids.new_zeros(1)
         order, offsets = sort_by_expert(expert_ids, len(counts) // size)
         inverse = inverse_permutation(order)
-        y = experts(Dispatch.apply(arrived, inverse, 1), offsets)
+        y = experts(Dispatch.apply(arrived, inverse, 1), offsets, Permute.apply(weights, order, inverse))
         y = Dispatch.apply(y, order, 1)
         return AllToAll.apply(y[:0] if nothing else y, received, sent, self.group)
 

@@ -3,8 +3,8 @@
 T tokens · D hidden width · K experts per token · F expert width · P = T*K assignments
 
 Compiled, Inductor makes the like of them by itself; these are for the eager path: DeepSpeed, debugging, short runs.
-All read and write whole vectors of 16 bytes, compute in fp32, and add up in a fixed order: repeat runs are
-bit-identical. Tensors are contiguous.
+All read and write whole vectors of 16 bytes where a row has as many, compute in fp32, and add up in a fixed order:
+repeat runs are bit-identical. Tensors are contiguous.
 """
 
 import functools
@@ -96,12 +96,12 @@ if triton is not None:
             gate = tl.load(gate_up + place, there, other=0.0).to(tl.float32)
             up = tl.load(gate_up + place + width, there, other=0.0).to(tl.float32)
             given = tl.load(grad + row * width + column, there, other=0.0).to(tl.float32)
-            share = 1 / (1 + tl.exp(-gate))
-            total += given * gate * share * up
-            tl.store(grad + row * width + column, gate * share * up * weight, there)
+            share, silu = 1 / (1 + tl.exp(-gate)), _silu(gate)
+            total += given * silu * up
+            tl.store(grad + row * width + column, silu * up * weight, there)
             given *= weight
             tl.store(grads + place, given * up * share * (1 + gate * (1 - share)), there)
-            tl.store(grads + place + width, given * gate * share, there)
+            tl.store(grads + place + width, given * silu, there)
         if WEIGHTED:
             tl.store(grad_weights + row, tl.sum(total))
 
@@ -170,7 +170,11 @@ def swiglu_again(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple
     if grad.numel():
         given, found = (gate_up, grads) if weights is None else (weights, grad_weights)
         width, is_weighted = grad.shape[1], weights is not None
-        _swiglu_again[(len(grad),)](grad, gate_up, given, grads, found, width, is_weighted, _columns(width))
+        columns = _tile(width)[
+            1
+        ]  # never fewer than its threads: each value is one thread's, which reads it, then writes
+        options = dict(num_warps=columns // 256)
+        _swiglu_again[(len(grad),)](grad, gate_up, given, grads, found, width, is_weighted, columns, **options)
     return grads, grad, grad_weights
 
 

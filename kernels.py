@@ -275,10 +275,10 @@ class SwiGLUDown(torch.autograd.Function):
     def forward(ctx, gate_up: Tensor, weights: Tensor | None, down: Tensor, offsets: Tensor) -> Tensor:
         """(P, 2F), (P,), (E, D, F), (E,) -> (P, D)"""
         ctx.save_for_backward(gate_up, weights, down, offsets)
-        if fused.serves(gate_up):
+        if fused.serves(*(each for each in (gate_up, weights) if each is not None)):
             hidden = fused.swiglu(gate_up, weights)
         else:
-            hidden = _scaled(_swiglu(gate_up), weights)
+            hidden = _scaled_in_place(_swiglu(gate_up), weights)
         return F.grouped_mm(hidden, down.transpose(1, 2), offs=offsets)
 
     @staticmethod
@@ -290,19 +290,19 @@ class SwiGLUDown(torch.autograd.Function):
             return F.grouped_mm(grad.T, hidden, offs=offsets) if ctx.needs_input_grad[2] else None
 
         grad_hidden, grad_weights = F.grouped_mm(grad, down, offs=offsets), None  # (P, F)
-        if fused.serves(grad_hidden, gate_up):
+        if fused.serves(*(each for each in (grad_hidden, gate_up, weights) if each is not None)):
             grads, hidden, grad_weights = fused.swiglu_again(grad_hidden, gate_up, weights)
             return grads, grad_weights, of_down(hidden), None
         hidden = _swiglu(gate_up)
         if weights is not None:
             grad_weights = (grad_hidden * hidden).sum(dim=-1, dtype=torch.float32).to(weights.dtype)
-        grad_down = of_down(_scaled(hidden, weights))
+        grad_down = of_down(_scaled_in_place(hidden, weights))
         del hidden  # before what is twice as wide is made: here a step has its peak of memory
-        return _swiglu_backward(_scaled(grad_hidden, weights), gate_up), grad_weights, grad_down, None
+        return _swiglu_backward(_scaled_in_place(grad_hidden, weights), gate_up), grad_weights, grad_down, None
 
 
-def _scaled(rows: Tensor, weights: Tensor | None) -> Tensor:
-    """Rows (P, F), which nobody needs as they were, times (P,) weights."""
+def _scaled_in_place(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Rows (P, F) times (P,) weights, where there are some."""
     if weights is None:
         return rows
     weights = weights.to(rows.dtype).unsqueeze(-1)

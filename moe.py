@@ -177,7 +177,7 @@ class MoE(nn.Module):
         def experts(y: Tensor, weights: Tensor) -> Tensor:  # (P, D), (P,)
             if self.parallel is None:
                 return self.experts(y, routing.offsets, weights)
-            return weighted(self.parallel(self.experts, y, routing.tokens_per_expert), weights)
+            return self.parallel(self.experts, y, weights, routing.tokens_per_expert)
 
         out = routing.run(tokens, experts)  # (T, D)
         if self.shared_experts is not None:

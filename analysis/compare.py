@@ -19,11 +19,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 import cli
-from analysis.plots import STYLE, plain
+from analysis.plots import LINE_COLOURS, STYLE, plain
 from files import replacing
 
 USUAL = ("loss", "balance_loss", "alignment", "grad_norm", "images_per_second")  # of those that are there
-COLOURS = ("black", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "0.5")  # told apart by all eyes
 LINES = ("-", "--", ":", "-.")
 Curve = tuple[np.ndarray, np.ndarray]  # steps and values (P,)
 
@@ -176,7 +175,11 @@ def draw(runs: list[Run], names: list[str], count: int) -> Figure:
         axes.set_title(plain(name))
         axes.set_xlabel("step")
         for i, run in enumerate(runs):
-            style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINES[i // len(COLOURS) % len(LINES)], linewidth=1)
+            style = dict(
+                color=LINE_COLOURS[i % len(LINE_COLOURS)],
+                linestyle=LINES[i // len(LINE_COLOURS) % len(LINES)],
+                linewidth=1,
+            )
             steps, values = run.curves.get(name, (np.empty(0), np.empty(0)))
             marker = "o" if len(steps) < 2 else None
             smooth = values if name.startswith("metrics/") else averaged(values, count)

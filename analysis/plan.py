@@ -329,7 +329,7 @@ class Memory:
     """Bytes on each GPU at the peak of a step, which is where the backward begins: from there on it frees as it goes.
 
     Gradients are counted as if they were there already, as DDP's buckets are, and those that accumulate. For others the
-    total is an upper bound: 6 to 20 % above the peak of FSDP.
+    total is an upper bound: 6 to 21 % above the peak of FSDP.
     """
 
     weights: float  # fp32 (DeepSpeed: compute precision)

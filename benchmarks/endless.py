@@ -44,6 +44,8 @@ class Patterns(Endless):
 
     def __init__(self, count: int):
         """`count` patterns in all, a multiple of 10."""
+        if count % 10:
+            raise ValueError(f"{count} patterns cannot be dealt out to 10 labels: a multiple of 10")
         values = torch.randint(2, (10, count // 10, 3, 4, 4), generator=torch.Generator().manual_seed(0))
         self.patterns = values.float() * 2 - 1  # (labels, patterns of a label, 3, 4, 4)
 

@@ -1,6 +1,6 @@
-"""Mechanism checks on the digits: experts, balance, samplers, parts of blocks, routers, optimizers, averages, guidance.
+"""Mechanism checks on small images: experts, balance, samplers, parts of blocks, routers, optimizers, averages, guides.
 
-    python -m benchmarks.evidence                        # every experiment, 3 seeds: three hours of one CPU core
+    python -m benchmarks.evidence                        # every experiment, 3 seeds: six hours of one CPU core
     python -m benchmarks.evidence experts balance        # some; `--help` lists them
     python -m benchmarks.evidence routers --jobs 16      # several runs at a time, each in a process of one thread
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 import cli
 from analysis.plan import flops, parameter_counts, tokens_per_image
+from analysis.plots import LINE_COLOURS
 from autoencoders import load_space
 from benchmarks import harness
 from benchmarks.digits_runs import ALPHA, BATCH, EMA_DECAY, FLOW, LR, MODEL, Learner, Point, evaluate, train
@@ -343,12 +344,12 @@ def data_of(setup: Setup) -> tuple[Digits, Digits] | tuple[Endless, Endless]:
 
 
 @functools.cache
-def judge(patterns: int, scenes: bool) -> Scorer:
+def made_scorer(patterns: int, scenes: bool) -> Scorer:
     return PatternScorer(patterns) if patterns else SceneScorer() if scenes else Scorer()
 
 
 def scorer_of(setup: Setup) -> Scorer:
-    return judge(setup.patterns, setup.scenes)
+    return made_scorer(setup.patterns, setup.scenes)
 
 
 def new_network(setup: Setup, seed: int) -> DiT:
@@ -419,8 +420,7 @@ def step_seconds(names: Iterable[str], to: str) -> dict[str, float]:
 
 LOSSES = (0.25, 0.3, 0.4, 0.6, 1.0, 1.3, 1.6)  # named on logarithmic axes
 DISTANCES = (1, 1.5, 2, 3, 4, 5)
-COLORS = ("black", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by all eyes
-COLORS += ("#56b4e9", "0.5", "#8c510a", "#6a3d9a", "#1b7837", "#b2182b")
+COLORS = (*LINE_COLOURS, "#8c510a", "#6a3d9a", "#1b7837", "#b2182b")
 
 
 def said(name: str) -> str:
@@ -464,14 +464,14 @@ def report_experts(runs: Runs, scorer: Scorer, to: str = "dense") -> tuple[str, 
 
 
 def report_memory(runs: Runs, scorer: Scorer) -> tuple[str, Figure]:
-    """How far mixtures are ahead of the dense network, by how much there is to be learned by heart."""
+    """How far mixtures are ahead of the dense network, by how much there is to learn by heart; each has its scorer."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     panels = ahead, right = figure.subplots(1, 2)
     losses, shares, (to, *mixtures) = {}, {}, BY_NUMBER
     for name, color in zip(BY_NUMBER, COLORS, strict=False):
         each = {count: runs[on_patterns(name, count)] for count in NUMBERS}
         losses[name] = np.stack([stacked(mine, "losses")[:, -1] for mine in each.values()], axis=1)  # (S, numbers, N)
-        shares[name] = np.stack([recognised(mine, judge(count, False)) for count, mine in each.items()], axis=1)
+        shares[name] = np.stack([recognised(mine, made_scorer(count, False)) for count, mine in each.items()], axis=1)
         for axes, values in ((ahead, losses[name] - losses[to]), (right, shares[name])):
             band(axes, np.array(NUMBERS), values, said(name), color, marker="o", markersize=4)
     ahead.set(xlabel="patterns", ylabel="held-out loss, less that of dense")

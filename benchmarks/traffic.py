@@ -119,32 +119,34 @@ def _flops(name: str, args) -> int:
 class Launched:
     """In the place of a kernel of `fused`: notes what it is launched on."""
 
-    def __init__(self, recorder: Recorder, name: str, written: tuple[int, ...], read_too: tuple[int, ...] = ()):
-        self.recorder, self.name, self.written, self.read_too = recorder, name, written, read_too
+    def __init__(self, recorder: Recorder, name: str):
+        self.recorder, self.name = recorder, f"fused.{name}"
+        self.names, self.read, self.written = (names.split() for names in KERNELS[name])
 
     def __getitem__(self, grid):
         return self.launch
 
     def launch(self, *args, **options) -> None:
-        there = {place: each for place, each in enumerate(args) if isinstance(each, Tensor)}
-        written = [there[place] for place in self.written]
-        read = {id(each): each for place, each in there.items() if place not in self.written or place in self.read_too}
-        sizes = (tuple(map(_size, tensors)) for tensors in (read.values(), written))
+        given = dict(zip(self.names, args, strict=False))
+        sizes = []
+        for names in (self.read, self.written):  # what is not there is stood in for by another
+            once = {id(given[name]): given[name] for name in names}
+            sizes.append(tuple(map(_size, once.values())))
         self.recorder.operations.append(Operation(self.name, *sizes, 0))
 
 
-KERNELS = {  # of `fused`: which of their arguments they write, and which of these they read, too
-    "_swiglu": ((2,),),
-    "_swiglu_backward": ((2,),),
-    "_swiglu_again": ((0, 3, 4), (0,)),
-    "_spread": ((2,),),
-    "_gather_sum": ((2,),),
+KERNELS = {  # of `fused`: their tensors, those that they read, those that they write
+    "_swiglu": ("gate_up weights out", "gate_up weights", "out"),
+    "_swiglu_backward": ("grad gate_up grads", "grad gate_up", "grads"),
+    "_swiglu_again": ("grad gate_up weights grads grad_weights", "grad gate_up weights", "grad grads grad_weights"),
+    "_spread": ("x places out", "x places", "out"),
+    "_gather_sum": ("rows places out", "rows places", "out"),
 }
 
 
 def as_on_a_gpu(recorder: Recorder):
     """A context in which `fused` serves, and launches nothing."""
-    stands_in = {name: Launched(recorder, f"fused.{name}", *places) for name, places in KERNELS.items()}
+    stands_in = {name: Launched(recorder, name) for name in KERNELS}
     stands_in["triton"] = SimpleNamespace(
         cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()
     )

@@ -1,6 +1,7 @@
 """The kernels in Triton against plain formulas: by Triton's interpreter on a CPU in fp32, and on a GPU as they are."""
 
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import fused
+from benchmarks.traffic import KERNELS
+from kernels import SwiGLUDown
 
 pytest.importorskip("triton")  # and so there are modules to forget
 ON_GPU = torch.cuda.is_available()
@@ -40,11 +43,12 @@ def test_they_move_whole_vectors():
         "_swiglu": (rows, tiles | {"WEIGHTED": False}, 4, 2),  # with 16 values a thread
         "_swiglu_backward": (rows, tiles, 6, 4),
         "_swiglu_again": (rest, {"WEIGHTED": True, "COLUMNS": 1024}, 3, 3),
+        "_swiglu_again of few": (rest | {"warps": 1}, {"WEIGHTED": True, "COLUMNS": 256}, 3, 3),
         "_spread": (rest, whole, 1, 2),
         "_gather_sum": (rest, whole, 2, 1),
     }
     for name, (types, constants, loads, stores) in vectors.items():
-        code = assembly(getattr(module, name), types, constants)
+        code = assembly(getattr(module, name.split()[0]), types, constants)
         assert (code.count("ld.global.v4"), code.count("st.global.v4")) == (loads, stores), name
 
 
@@ -53,6 +57,7 @@ def assembly(kernel, types: dict[str, str], constants: dict[str, int]) -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
+    types, warps = dict(types), types.get("warps", 4)
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in names}
     divisible = [name for name in names if name not in constants and (name, types.get(name)) != ("rows", "i32")]
@@ -62,7 +67,7 @@ def assembly(kernel, types: dict[str, str], constants: dict[str, int]) -> str:
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +98,7 @@ def test_swiglu(kernels, shape):
 
 
 @pytest.mark.parametrize("has_weights", [True, False], ids=["weighted", "plain"])
-@pytest.mark.parametrize("shape", [(5, 2 * 24), (3, 2 * 1100), (0, 2 * 16)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 2 * 24), (300, 2 * 40), (300, 2 * 64), (3, 2 * 1100), (0, 2 * 16)], ids=str)
 def test_swiglu_of_weighted_rows_and_again(kernels, shape, has_weights):
     gate_up, weights = randn(*shape), randn(shape[0]) if has_weights else None
     gate, up = gate_up.chunk(2, dim=-1)
@@ -126,6 +131,33 @@ def test_tokens_to_their_places_and_back(kernels, size):
 
     chosen = y[inverse].unflatten(0, (tokens, top_k))
     torch.testing.assert_close(kernels.gather_sum(y.detach(), places), chosen.sum(dim=1))
+
+
+@pytest.mark.parametrize("has_weights", [True, False], ids=["weighted", "plain"])
+def test_experts_by_these_kernels(kernels, monkeypatch, has_weights):
+    """The autograd function around them: results, and every gradient, of the same formulas in PyTorch."""
+    gate_up, down = randn(10, 2 * 16), randn(3, 8, 16)
+    weights, offsets = randn(10) if has_weights else None, torch.tensor([4, 4, 10], dtype=torch.int32, device=DEVICE)
+    inputs = [each for each in (gate_up, weights, down) if each is not None]
+
+    def both() -> list[torch.Tensor]:
+        out = SwiGLUDown.apply(gate_up, weights, down, offsets)
+        return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out).cumsum(dim=0))]
+
+    monkeypatch.setattr(kernels, "serves", lambda *tensors: False)
+    monkeypatch.setattr("kernels.fused", kernels)
+    expected = both()
+    monkeypatch.setattr(kernels, "serves", lambda *tensors: True)
+    for found, wanted in zip(both(), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_traffic_knows_their_arguments(kernels):
+    for name, (names, read, written) in KERNELS.items():
+        mine = names.split()
+        kernel = getattr(kernels, name)
+        assert list(getattr(kernel, "arg_names", None) or inspect.signature(kernel.fn).parameters)[: len(mine)] == mine
+        assert {*read.split(), *written.split()} == set(mine)
 
 
 def test_plain_formulas_serve_elsewhere():

@@ -351,6 +351,22 @@ def test_gradients_of_routing_weights_add_up_in_fp32():
     assert (weights.grad - (direction * hidden).double().sum(dim=1)).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("frozen", ["experts.down_proj", "experts.gate_up_proj", "gate.weight"])
+@pytest.mark.parametrize("count", [5, 0], ids=["tokens", "no tokens"])
+def test_frozen_parameters_take_no_gradient_from_the_others(frozen, count):
+    moe = MoE(16, ExpertsConfig(16, RouterConfig(3, 2), 16))
+    moe.init_weights()
+    x, found = torch.randn(1, count, 16), []
+    moe.get_parameter(frozen).requires_grad_(False)
+    for moe.experts.backend in ("grouped_mm", "loop"):
+        moe.zero_grad()
+        moe(x)[0].square().sum().backward()
+        found.append({name: p.grad for name, p in moe.named_parameters() if p.requires_grad})
+    assert moe.get_parameter(frozen).grad is None and len(found[0]) == len(list(moe.parameters())) - 1
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][name])
+
+
 def test_the_precision_of_products_is_that_of_autocast():
     weight, moe = torch.zeros(2, 2), MoE(16, ExpertsConfig(16, RouterConfig(2, 1)))
     moe.init_weights()

@@ -349,7 +349,7 @@ def test_peak_of_a_sharded_step(data_parallel, accum_iter, checkpointing, eight_
                 total_loss(out, routings).backward()
                 tracker.reset_mod_stats()
     peak = next(iter(tracker.get_tracker_snapshot("peak").values()))["Total"]
-    assert peak <= expected.total - expected.ema <= 1.25 * peak
+    assert peak <= expected.total - expected.ema <= 1.22 * peak
 
 
 # ------------------------------------------------------------------------------------------ sharding, traffic and time
