@@ -17,6 +17,9 @@ pytest.importorskip("triton")  # and so there are modules to forget
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
+loads_single_values = pytest.mark.skipif(
+    not ON_GPU and torch.__version__ < "2.15", reason="the interpreter of older Tritons loads no single values"
+)
 
 
 def copy_of(name: str):
@@ -97,6 +100,7 @@ def test_swiglu(kernels, shape):
     torch.testing.assert_close(kernels.swiglu_backward(grad, gate_up.detach()), grads)
 
 
+@loads_single_values
 @pytest.mark.parametrize("has_weights", [True, False], ids=["weighted", "plain"])
 @pytest.mark.parametrize("shape", [(5, 2 * 24), (300, 2 * 40), (300, 2 * 64), (3, 2 * 1100), (0, 2 * 16)], ids=str)
 def test_swiglu_of_weighted_rows_and_again(kernels, shape, has_weights):
@@ -116,9 +120,7 @@ def test_swiglu_of_weighted_rows_and_again(kernels, shape, has_weights):
         assert grad_weights is None
 
 
-@pytest.mark.skipif(
-    not ON_GPU and torch.__version__ < "2.15", reason="the interpreter of older Tritons loads no single values"
-)
+@loads_single_values
 @pytest.mark.parametrize("size", [(7, 2, 20), (4, 1, 1100), (6, 3, 64), (0, 2, 8)], ids=str)
 def test_tokens_to_their_places_and_back(kernels, size):
     tokens, top_k, width = size
@@ -133,6 +135,7 @@ def test_tokens_to_their_places_and_back(kernels, size):
     torch.testing.assert_close(kernels.gather_sum(y.detach(), places), chosen.sum(dim=1))
 
 
+@loads_single_values
 @pytest.mark.parametrize("has_weights", [True, False], ids=["weighted", "plain"])
 def test_experts_by_these_kernels(kernels, monkeypatch, has_weights):
     """The autograd function around them: results, and every gradient, of the same formulas in PyTorch."""
