@@ -51,6 +51,8 @@ def main(args) -> None:
     names = args.of or [name for name in USUAL if name in there]
     names += [] if args.of else [name for name in there if name.startswith("metrics/")]
     print(table(runs, names, args.average))
+    if args.average > 1 and not all(name.startswith("metrics/") for name in names):
+        print(f"(what is logged in training: the mean of the last {args.average} lines; --average 1: the line itself)")
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(args.output) as file, rc_context(STYLE):

@@ -224,7 +224,9 @@ def get_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m benchmarks.evidence", description=__doc__.partition("\n")[0])
     parser.add_argument("experiments", nargs="*", metavar="experiment", help=f"of {', '.join(EXPERIMENTS)}; none: all")
     parser.add_argument("--seeds", type=cli.positive_int, default=3, help="runs of everything")
-    parser.add_argument("--steps", type=cli.positive_int, default=800, help="of each run")
+    parser.add_argument(
+        "--steps", type=cli.positive_int, default=800, help="of a run; some go on for a part or a multiple"
+    )
     parser.add_argument("--eval-every", type=cli.positive_int, default=50, help="steps between points of a curve")
     parser.add_argument("--jobs", type=cli.positive_int, default=1, help="runs at a time, on a core each")
     parser.add_argument("--runs", type=Path, default=Path("results/evidence"), help="folder of finished runs")
