@@ -204,8 +204,10 @@ def prepare(args, processes: distributed.Processes) -> Job:
     space.to(processes.device)
     if processes.device.type == "cuda":
         space.vae.to(memory_format=torch.channels_last)  # the layout of half-precision convolutions
-    by_itself = processes.device.type == "cuda" and settings["precision"] != "fp32"
-    if by_itself if args.compile == "auto" else args.compile:
+    compiles = args.compile
+    if compiles == "auto":
+        compiles = processes.device.type == "cuda" and settings["precision"] != "fp32"
+    if compiles:
         note = print if processes.is_main else lambda line: None
         space.compile_encoder(note=note, or_plain=args.compile == "auto")
     return Job(

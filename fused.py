@@ -27,11 +27,12 @@ if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
 AVAILABLE = triton is not None and torch.cuda.is_available()
 
 
-def serves(*tensors: Tensor) -> bool:
-    """Whether these kernels run on such tensors, now."""
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether these kernels run on such tensors, those that there are, now."""
     if not AVAILABLE or torch.compiler.is_compiling():
         return False
-    return all(type(each) is Tensor and each.is_cuda and each.is_contiguous() for each in tensors) and _works()
+    there = [each for each in tensors if each is not None]
+    return all(type(each) is Tensor and each.is_cuda and each.is_contiguous() for each in there) and _works()
 
 
 @functools.cache
@@ -170,11 +171,9 @@ def swiglu_again(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple
     if grad.numel():
         given, found = (gate_up, grads) if weights is None else (weights, grad_weights)
         width, is_weighted = grad.shape[1], weights is not None
-        columns = _tile(width)[
-            1
-        ]  # never fewer than its threads: each value is one thread's, which reads it, then writes
-        options = dict(num_warps=columns // 256)
-        _swiglu_again[(len(grad),)](grad, gate_up, given, grads, found, width, is_weighted, columns, **options)
+        _, columns, _ = _tile(width)
+        warps = columns // 256  # no more threads than columns: each value is one thread's, which reads it, then writes
+        _swiglu_again[(len(grad),)](grad, gate_up, given, grads, found, width, is_weighted, columns, num_warps=warps)
     return grads, grad, grad_weights
 
 

@@ -235,24 +235,26 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:  # (..., 2F) -> (..., F)
         ctx.save_for_backward(gate_up)
-        if fused.serves(gate_up):
-            return fused.swiglu(gate_up)
         return _swiglu(gate_up)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (gate_up,) = ctx.saved_tensors
-        if fused.serves(grad, gate_up):
-            return fused.swiglu_backward(grad, gate_up)
         return _swiglu_backward(grad, gate_up)
 
 
-def _swiglu(gate_up: Tensor) -> Tensor:
+def _swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, of rows times their weights, where there are some."""
+    if fused.serves(gate_up, weights):
+        return fused.swiglu(gate_up, weights)
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up if torch.compiler.is_compiling() else F.silu(gate).mul_(up)
+    hidden = F.silu(gate) * up if torch.compiler.is_compiling() else F.silu(gate).mul_(up)
+    return _scaled_in_place(hidden, weights)
 
 
 def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    if fused.serves(grad, gate_up):
+        return fused.swiglu_backward(grad, gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     if torch.compiler.is_compiling():  # one kernel of the plain formula
         return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
@@ -275,11 +277,7 @@ class SwiGLUDown(torch.autograd.Function):
     def forward(ctx, gate_up: Tensor, weights: Tensor | None, down: Tensor, offsets: Tensor) -> Tensor:
         """(P, 2F), (P,), (E, D, F), (E,) -> (P, D)"""
         ctx.save_for_backward(gate_up, weights, down, offsets)
-        if fused.serves(*(each for each in (gate_up, weights) if each is not None)):
-            hidden = fused.swiglu(gate_up, weights)
-        else:
-            hidden = _scaled_in_place(_swiglu(gate_up), weights)
-        return F.grouped_mm(hidden, down.transpose(1, 2), offs=offsets)
+        return F.grouped_mm(_swiglu(gate_up, weights), down.transpose(1, 2), offs=offsets)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # (P, D)
@@ -290,7 +288,7 @@ class SwiGLUDown(torch.autograd.Function):
             return F.grouped_mm(grad.T, hidden, offs=offsets) if ctx.needs_input_grad[2] else None
 
         grad_hidden, grad_weights = F.grouped_mm(grad, down, offs=offsets), None  # (P, F)
-        if fused.serves(*(each for each in (grad_hidden, gate_up, weights) if each is not None)):
+        if fused.serves(grad_hidden, gate_up, weights):
             grads, hidden, grad_weights = fused.swiglu_again(grad_hidden, gate_up, weights)
             return grads, grad_weights, of_down(hidden), None
         hidden = _swiglu(gate_up)

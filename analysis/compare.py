@@ -177,11 +177,8 @@ def draw(runs: list[Run], names: list[str], count: int) -> Figure:
         axes.set_title(plain(name))
         axes.set_xlabel("step")
         for i, run in enumerate(runs):
-            style = dict(
-                color=LINE_COLOURS[i % len(LINE_COLOURS)],
-                linestyle=LINES[i // len(LINE_COLOURS) % len(LINES)],
-                linewidth=1,
-            )
+            turn, colour = divmod(i, len(LINE_COLOURS))
+            style = dict(color=LINE_COLOURS[colour], linestyle=LINES[turn % len(LINES)], linewidth=1)
             steps, values = run.curves.get(name, (np.empty(0), np.empty(0)))
             marker = "o" if len(steps) < 2 else None
             smooth = values if name.startswith("metrics/") else averaged(values, count)

@@ -22,16 +22,8 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from analysis.routing import RoutingData
 
 COLOURS = "RdBu_r"
-LINE_COLOURS = (
-    "black",
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "0.5",
-)  # told apart by all eyes
+# Of lines: told apart by all eyes.
+LINE_COLOURS = ("black", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "0.5")
 MOST_WORDS = 40
 STYLE = {
     **{"font.size": 9, "axes.titlesize": 9, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6},

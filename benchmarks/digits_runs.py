@@ -1,4 +1,4 @@
-"""What the experiments on small images share: settings, data, paired training, loss on what nothing learns from.
+"""What the experiments on small images share: settings, paired training, loss on what nothing learns from.
 
 A step's batch, noises, times and dropped labels are functions of (seed, step), so runs of a seed differ in nothing but
 what an experiment changes.

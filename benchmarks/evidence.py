@@ -192,17 +192,17 @@ def on_patterns(name: str, count: int) -> str:
     return f"{name.removesuffix(', scenes')}, {count} patterns"
 
 
+BY_NUMBER = ("dense, scenes", "softmax, 16", "softmax, 16, shorter")  # which are compared at all of them
 SETUPS |= {
     on_patterns(name, count): replace(SETUPS[name], scenes=False, patterns=count)
-    for name in ROUTED
     for count in NUMBERS
+    for name in (ROUTED if count == AMONG else BY_NUMBER)
 }
 AT_TWICE = {  # the rate: for which of them is the usual one a handicap?
     f"{name}, twice the rate": replace(SETUPS[name], lr=2 * LR)
     for name in (on_patterns("dense, scenes", AMONG), on_patterns("softmax, 16", AMONG))
 }
 SETUPS |= AT_TWICE
-BY_NUMBER = ("dense, scenes", "softmax, 16", "softmax, 16, shorter")
 EXPERIMENTS = {
     "experts": ("dense", "1 expert", "4 experts", "8 experts", "16 experts", "8 experts, normalized"),
     "balance": ("alpha 0", "8 experts", "alpha 0.01", "alpha 0.05", "scaled by 2^16", "2 micro-batches"),
@@ -340,7 +340,7 @@ def run(setup: Setup, seed: int, last: int, eval_every: int) -> Run:
 def data_of(setup: Setup) -> tuple[Digits, Digits] | tuple[Endless, Endless]:
     """(to learn from, held out). Of scenes that are held out a network has seen the digits, and no scene twice."""
     if setup.patterns:
-        return Patterns(setup.patterns), Patterns(setup.patterns)
+        return (Patterns(setup.patterns),) * 2
     training, held_out = split_digits()
     return (Scenes(training), Scenes(training)) if setup.scenes else (training, held_out)
 

@@ -121,7 +121,8 @@ class Launched:
 
     def __init__(self, recorder: Recorder, name: str):
         self.recorder, self.name = recorder, f"fused.{name}"
-        self.names, self.read, self.written = (names.split() for names in KERNELS[name])
+        self.read, self.written = (names.split() for names in KERNELS[name])
+        self.names = dict.fromkeys([*self.read, *self.written])
 
     def __getitem__(self, grid):
         return self.launch
@@ -135,12 +136,12 @@ class Launched:
         self.recorder.operations.append(Operation(self.name, *sizes, 0))
 
 
-KERNELS = {  # of `fused`: their tensors, those that they read, those that they write
-    "_swiglu": ("gate_up weights out", "gate_up weights", "out"),
-    "_swiglu_backward": ("grad gate_up grads", "grad gate_up", "grads"),
-    "_swiglu_again": ("grad gate_up weights grads grad_weights", "grad gate_up weights", "grad grads grad_weights"),
-    "_spread": ("x places out", "x places", "out"),
-    "_gather_sum": ("rows places out", "rows places", "out"),
+KERNELS = {  # of `fused`: the tensors that they read, and those that they write, as they take them
+    "_swiglu": ("gate_up weights", "out"),
+    "_swiglu_backward": ("grad gate_up", "grads"),
+    "_swiglu_again": ("grad gate_up weights", "grad grads grad_weights"),
+    "_spread": ("x places", "out"),
+    "_gather_sum": ("rows places", "out"),
 }
 
 
@@ -150,7 +151,7 @@ def as_on_a_gpu(recorder: Recorder):
     stands_in["triton"] = SimpleNamespace(
         cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()
     )
-    stands_in["serves"] = lambda *tensors: all(each.is_contiguous() for each in tensors)
+    stands_in["serves"] = lambda *tensors: all(each is None or each.is_contiguous() for each in tensors)
     return mock.patch.multiple(fused, create=True, **stands_in)
 
 
