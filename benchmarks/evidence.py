@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import multiprocessing
+import zipfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -290,9 +291,12 @@ def cached_run(name: str, seed: int, args) -> Run:
     settings = json.dumps(settings | {"steps": steps, "eval_every": args.eval_every})
     path = args.runs / f"{name.replace(',', '').replace(' ', '-')}-{seed}.npz"
     if path.is_file():
-        with np.load(path) as file:
-            if file["settings"].item() == settings:
-                return dict(file)
+        try:
+            with np.load(path) as file:
+                if file["settings"].item() == settings:
+                    return dict(file)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            raise cli.UsageError(f"{path} is not a finished run: delete it, and it is trained again") from None
     arrays = run(setup, seed, steps, args.eval_every)
     args.runs.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:

@@ -183,6 +183,15 @@ def test_whole_chain_resumes_and_remakes_pictures(tiny, tmp_path, capfd, monkeyp
         evidence.main(evidence.get_parser().parse_args(["balance", *flags, "--steps", "8"]))
 
 
+def test_a_broken_run_is_named_and_left(tmp_path):
+    broken = tmp_path / "dense-30-patterns-0.npz"
+    for content in (b"broken", b"PK\x03\x04 cut off", b""):
+        broken.write_bytes(content)
+        with pytest.raises(UsageError, match=r"dense-30-patterns-0.npz is not a finished run: delete it"):
+            evidence.main(evidence.get_parser().parse_args(["memory", "--runs", str(tmp_path)]))
+        assert broken.read_bytes() == content
+
+
 def test_wrong_flags_are_named():
     with pytest.raises(UsageError, match="unknown experiment 'balanced'; did you mean balance"):
         evidence.main(evidence.get_parser().parse_args(["balanced"]))
